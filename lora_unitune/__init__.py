@@ -1,0 +1,65 @@
+"""LoRA-UniTune: fit a base model to one photo in seconds, then edit the photo with words.
+
+    from lora_unitune import Editor, fit
+
+    adapter = fit("photo.jpg")
+    adapter.save("photo.safetensors")
+    Editor("pocket").edit(adapter, "a fox at night").save("out.png")
+
+Importing this package loads nothing heavy; each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_unitune.adapter_file import Adapter as Adapter
+    from lora_unitune.edit import Edit as Edit
+    from lora_unitune.edit import Editor as Editor
+    from lora_unitune.errors import AdapterFileError as AdapterFileError
+    from lora_unitune.errors import BaseModelError as BaseModelError
+    from lora_unitune.errors import DeviceError as DeviceError
+    from lora_unitune.errors import OutputError as OutputError
+    from lora_unitune.errors import PhotoError as PhotoError
+    from lora_unitune.errors import PromptError as PromptError
+    from lora_unitune.errors import RecipeError as RecipeError
+    from lora_unitune.errors import SettingError as SettingError
+    from lora_unitune.errors import UnituneError as UnituneError
+    from lora_unitune.recipe import Recipe as Recipe
+    from lora_unitune.train import fit as fit
+
+__version__ = "0.1.0"
+
+_ROOM_OF = {
+    "Adapter": "adapter_file",
+    "AdapterFileError": "errors",
+    "BaseModelError": "errors",
+    "DeviceError": "errors",
+    "Edit": "edit",
+    "Editor": "edit",
+    "OutputError": "errors",
+    "PhotoError": "errors",
+    "PromptError": "errors",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "SettingError": "errors",
+    "UnituneError": "errors",
+    "fit": "train",
+}
+
+__all__ = [*_ROOM_OF, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its room."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'lora_unitune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lora_unitune.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,375 @@
+"""The command line: reads what was typed, calls the public API, prints what came back."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_unitune import UnituneError, __version__
+
+if TYPE_CHECKING:
+    from lora_unitune import Edit
+
+
+class _Commands(click.Group):
+    """Turns the errors a user can meet into one line on standard error and exit code 2; Ctrl-C into 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command that was asked for."""
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")  # the libraries' notes to developers
+        try:
+            return super().invoke(ctx)
+        except UnituneError as error:
+            message, code = f"error: {error}", 2
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else ctx.command_path
+            message, code = f"error: {error.format_message()} See {path} --help", 2
+        except KeyboardInterrupt:
+            message, code = "stopped; nothing was written", 130
+        click.echo(" ".join(message.splitlines()), err=True)
+        ctx.exit(code)
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="lora-unitune")
+def main() -> None:
+    """Fit one photo in seconds, then edit it with words.
+
+    \b
+    Examples:
+      lora-unitune demo
+      lora-unitune fit photo.jpg -o photo.safetensors
+      lora-unitune edit photo.safetensors "a fox at night" -o out.png
+      lora-unitune inspect photo.safetensors
+    """
+
+
+def _png_name(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    if not value.lower().endswith(".png"):
+        raise click.BadParameter(f"{value!r} has to end in .png, which holds the settings too.")
+    return value
+
+
+_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto takes a GPU if there is one.",
+)
+_seed = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of all noise.",
+)
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+_set = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one setting of the recipe, such as fit.steps=50; may be given again.",
+)
+
+
+@main.command("fit")
+@click.argument("photo", metavar="PHOTO")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", help="The adapter file to write (.safetensors)."
+)
+@click.option(
+    "--base", default="pocket", show_default=True, metavar="NAME|FOLDER|HUB_ID", help="The base model to fit."
+)
+@click.option(
+    "--recipe", metavar="NAME|FILE", help="A shipped recipe or a TOML file; each base has a default."
+)
+@_set
+@click.option(
+    "--method", type=click.Choice(["lora", "full"]), help="Train adapters, or all weights for comparison."
+)
+@click.option(
+    "--no-embed-photo", is_flag=True, help="Leave the photo out of the file; edits then need --photo."
+)
+@_seed
+@_device
+@_overwrite
+@_json
+def fit_command(
+    photo: str,
+    output: str,
+    base: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    method: str | None,
+    no_embed_photo: bool,
+    seed: int,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Fit PHOTO and write an adapter file.
+
+    The file holds what the base learned and, unless told not to, the photo itself in the base's latents:
+    whoever has it can redraw the photo.
+
+    \b
+    Examples:
+      lora-unitune fit photo.jpg -o photo.safetensors
+      lora-unitune fit photo.jpg -o photo.safetensors --set fit.steps=50 --seed 3
+      lora-unitune fit photo.jpg -o photo.safetensors --base ./stable-diffusion-v1-5 --recipe sd15/8gb
+    """
+    from lora_unitune.output import check_output
+
+    check_output(output, overwrite)
+    chosen = [*overrides, *([f"fit.method={method}"] if method else [])]
+    with _progress() as tell:
+        tell("loading the base", 0, 1)
+        from lora_unitune import fit
+        from lora_unitune.adapter_file import describe
+        from lora_unitune.photo import load_photo
+
+        adapter = fit(
+            photo,
+            base=base,
+            recipe=recipe,
+            overrides=chosen,
+            seed=seed,
+            device=device,
+            embed_photo=not no_embed_photo,
+            on_step=lambda step, steps, loss: tell(f"fitting, loss {loss:.4f}", step, steps),
+        )
+    adapter.save(output, overwrite=overwrite)
+    described = describe(output)
+    notes = load_photo(photo, adapter.resolution).notes
+    if as_json:
+        click.echo(json.dumps({**described, "notes": list(notes)}))
+        return
+    _print_notes(notes)
+    size, tokens = _size(described["bytes"]), adapter.rare_tokens
+    click.echo(f"{output}: {size}, fitted in {adapter.seconds:.1f} s as {tokens!r}")
+
+
+@main.command("edit")
+@click.argument("adapter_file", metavar="FILE")
+@click.argument("prompt", metavar="PROMPT")
+@click.option(
+    "-o", "--output", required=True, callback=_png_name, metavar="OUT", help="The PNG to write; see -n."
+)
+@click.option(
+    "-n",
+    "--count",
+    type=click.IntRange(1, 10_000),
+    default=1,
+    show_default=True,
+    metavar="COUNT",
+    help="Pictures to make, from consecutive seeds; out.png becomes out-SEED.png for each.",
+)
+@click.option("--guidance", type=float, metavar="W", help="How strongly to follow the text, from 1.")
+@click.option("--guidance-rescale", type=float, metavar="R", help="Remedy against saturated colours, 0 to 1.")
+@click.option(
+    "--strength", type=float, metavar="S", help="Noise put on the photo, above 0 to 1; 1 starts from noise."
+)
+@click.option(
+    "--adapter-scale", type=float, metavar="A", help="How much of the adapter is used; 1 is all of it."
+)
+@click.option("--steps", type=int, metavar="N", help="Sampling steps.")
+@click.option("--negative-prompt", metavar="TEXT", help="What the picture should not show.")
+@click.option("--unconditional", type=click.Choice(["adapter", "base"]), help="Weights for the empty prompt.")
+@click.option("--photo", metavar="PHOTO", help="The photo to start from, when the file doesn't hold it.")
+@click.option(
+    "--base", metavar="NAME|FOLDER|HUB_ID", help="The base model; the one the file names by default."
+)
+@_seed
+@_device
+@_overwrite
+@_json
+def edit_command(
+    adapter_file: str,
+    prompt: str,
+    output: str,
+    count: int,
+    base: str | None,
+    seed: int,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Edit the photo of an adapter FILE as PROMPT says.
+
+    The prompt is the edit alone: the rare tokens that stand for the photo are in the file. Settings that
+    aren't given are those of the recipe in the file. Each PNG carries all settings that made it.
+
+    \b
+    Examples:
+      lora-unitune edit photo.safetensors "a fox at night" -o out.png
+      lora-unitune edit photo.safetensors "a fox at night" -o out.png -n 4 --guidance 8
+      lora-unitune edit photo.safetensors "a pencil sketch" -o out.png --strength 0.8
+    """
+    from lora_unitune.output import check_output
+
+    seeds = range(seed, seed + count)
+    path = Path(output)
+    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{each}{path.suffix}") for each in seeds]
+    for each in paths:
+        check_output(each, overwrite)
+    given = {name: value for name, value in settings.items() if value is not None}
+    with _progress() as tell:
+        tell("loading the base", 0, 1)
+        from lora_unitune import Adapter, Editor
+
+        adapter = Adapter.load(adapter_file)
+        editor = Editor(base or adapter.base, device=device)
+        edits = []
+        for done, each_seed in enumerate(seeds):
+            tell("editing", done, count)
+            edits.append(editor.edit(adapter, prompt, seed=each_seed, **given))
+        tell("editing", count, count)
+    for edit, each in zip(edits, paths, strict=True):
+        edit.save(each, overwrite=overwrite)
+    if as_json:
+        images = [_edit_entry(edit, each) for edit, each in zip(edits, paths, strict=True)]
+        click.echo(json.dumps({"adapter": adapter_file, "images": images}))
+        return
+    _print_notes(edits[0].notes)
+    for edit, each in zip(edits, paths, strict=True):
+        click.echo(f"{each}: {edit.seconds:.1f} s")
+
+
+@main.command("inspect")
+@click.argument("adapter_file", metavar="FILE")
+@_json
+def inspect_command(adapter_file: str, as_json: bool) -> None:
+    """Tell what is in an adapter FILE, without a base model.
+
+    \b
+    Examples:
+      lora-unitune inspect photo.safetensors
+      lora-unitune inspect photo.safetensors --json
+    """
+    from lora_unitune import Recipe
+    from lora_unitune.adapter_file import describe
+
+    described = describe(adapter_file)
+    if as_json:
+        click.echo(json.dumps(described))
+        return
+    recipe = Recipe.from_dict(described.pop("recipe"))
+    for name, value in described.items():
+        click.echo(f"{name.replace('_', ' '):<16}{_shown(value)}")
+    click.echo("recipe")
+    for line in recipe.to_toml().splitlines():
+        click.echo(f"  {line}".rstrip())
+
+
+@main.command("demo")
+@click.option(
+    "-o", "--output", default="unitune-demo", show_default=True, metavar="FOLDER", help="The folder to write."
+)
+@click.option(
+    "--base", default="pocket", show_default=True, metavar="NAME|FOLDER|HUB_ID", help="The base model to fit."
+)
+@_set
+@_seed
+@_device
+@_overwrite
+@_json
+def demo_command(
+    output: str,
+    base: str,
+    overrides: tuple[str, ...],
+    seed: int,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Fit the example photos, edit each, and lay all on one sheet.
+
+    The folder gets the adapter files, the pictures, contact-sheet.png and summary.json.
+
+    \b
+    Examples:
+      lora-unitune demo
+      lora-unitune demo -o shown --seed 3 --overwrite
+    """
+    with _progress() as tell:
+        tell("loading the base", 0, 1)
+        from lora_unitune.demo import run_demo
+
+        summary = run_demo(
+            output,
+            base=base,
+            overrides=overrides,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            on_progress=tell,
+        )
+    click.echo(
+        json.dumps(summary) if as_json else f"{summary['contact_sheet']}: done in {summary['seconds']:.0f} s"
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a bar on standard error; where that isn't a terminal, a line whenever something else begins."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        stage = ""
+
+        def tell(description: str, done: int, total: int) -> None:
+            nonlocal stage
+            begins = description.partition(",")[0] != stage
+            stage = description.partition(",")[0]
+            if begins:
+                progress.reset(task)
+            progress.update(task, description=description, completed=done, total=total)
+            if not console.is_terminal and (begins or done == total):
+                click.echo(f"{description}: {done} of {total}", err=True)
+
+        yield tell
+
+
+def _edit_entry(edit: Edit, path: Path) -> dict[str, Any]:
+    """Returns what --json tells about one edit."""
+    return {"file": str(path), "seconds": edit.seconds, "notes": list(edit.notes), "settings": edit.settings}
+
+
+def _print_notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1000:.0f} KB" if count < 1_000_000 else f"{count / 1_000_000:.1f} MB"
+
+
+def _shown(value: Any) -> str:
+    """Writes a described value for a person: "unet 8, text_encoder 4" rather than a dictionary."""
+    if isinstance(value, dict):
+        return ", ".join(f"{part} {_shown(item)}" for part, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(str(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,355 @@
+"""Trains the pocket base from nothing: scenes, then VAE, then text encoder and UNet.
+
+    python -m lora_unitune.pocket.pretrain all WORK_FOLDER --vae-minutes 20 --unet-minutes 120
+    python -m lora_unitune.pocket.pretrain export WORK_FOLDER lora_unitune/pocket/weights
+
+Every stage keeps its state in the work folder, and goes on from there when it is run again.
+Each stage's learning rate follows the share of its minutes that is used up. `export` may run at any time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from ..objective import add_noise, stratified_timesteps, training_target
+from . import world
+from .assembly import (
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    rare_words,
+    save_pipeline,
+)
+from .stage import Average, Stage
+
+HELD_OUT = 256  # scenes for the losses in the log
+PHOTOS = ("astronaut", "coffee", "rocket")  # for the VAE only; the photo of the demo is not among them
+PHOTO_SIDES = (72, 96, 128, 180, 256)  # pixels
+CAPTION_FIELDS = ("object", "place", "time", "look", "colour", "side", "scale", "companion")
+
+
+def _draw(job: tuple[int, str]) -> np.ndarray:
+    return np.asarray(world.render(world.draw_scene(*job)))
+
+
+def scenes(work: Path, split: str, count: int) -> np.ndarray:
+    """(count, 64, 64, 3) uint8, scene number i being drawn from seed i; kept on disk."""
+    file = work / f"scenes-{split}-{count}.npy"
+    if not file.exists():
+        with multiprocessing.Pool() as pool:
+            pictures = list(pool.imap(_draw, [(seed, split) for seed in range(count)], chunksize=256))
+        np.save(file, np.stack(pictures))
+    pictures: np.ndarray = np.load(file, mmap_mode="r")
+    return pictures
+
+
+def _half(device: str) -> torch.autocast:
+    """bf16 where the device computes in it, else plain float32 (a CPU without it is 30 × slower)."""
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=fast)
+
+
+def _pixels(pictures: np.ndarray, device: str) -> Tensor:
+    """(n, h, w, 3) uint8 -> (n, 3, h, w) float32 in [-1, 1]."""
+    return (
+        torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    )
+
+
+def _photo_crop(photos: list[np.ndarray], rng: random.Random, side: int) -> np.ndarray:
+    photo = rng.choice(photos)
+    y, x = (rng.randrange(length - side + 1) for length in photo.shape[:2])
+    crop = photo[y : y + side, x : x + side]
+    return crop[..., rng.sample(range(3), 3)] if rng.random() < 0.5 else crop
+
+
+def _crops(pictures: np.ndarray, photos: list[np.ndarray], batch: int, rng: random.Random) -> np.ndarray:
+    """A batch of random 32 × 32 crops, a quarter of them from photos."""
+    out = [_photo_crop(photos, rng, 32) for _ in range(batch // 4)]
+    while len(out) < batch:
+        picture, x, y = pictures[rng.randrange(len(pictures))], rng.randrange(33), rng.randrange(33)
+        out.append(picture[y : y + 32, x : x + 32])
+    return np.stack(out)
+
+
+@torch.no_grad()
+def round_trip_psnr(vae: Any, pictures: np.ndarray, device: str) -> float:
+    """Mean PSNR in dB of decode(encode(picture)) over the pictures."""
+    values = []
+    for start in range(0, len(pictures), 32):
+        true = _pixels(pictures[start : start + 32], device)
+        again = vae.decode(vae.encode(true).latent_dist.mode()).sample.clamp(-1, 1)
+        values += (-10.0 * ((again - true) / 2).square().mean((1, 2, 3)).log10()).tolist()
+    return float(np.mean(values))
+
+
+def _skimage_photos() -> list[np.ndarray]:
+    """The photos at several sizes, each (h, w, 3) uint8."""
+    from skimage import data
+
+    whole = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS]
+    sized = [
+        ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
+        for image in whole
+        for side in PHOTO_SIDES
+    ]
+    return [np.asarray(image) for image in sized]
+
+
+def train_vae(work: Path, count: int, minutes: float, device: str) -> None:
+    """The autoencoder: absolute and squared error, and a light pull of the latents to a unit Gaussian."""
+    torch.manual_seed(0)
+    train, held_out = scenes(work, "train", count), scenes(work, "held-out", HELD_OUT)
+    photos, rng = _skimage_photos(), random.Random(0)
+    vae = build_vae().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    average = Average({"vae": vae}, 0.999)
+    stage, things = (
+        Stage(work, "vae", minutes, 2e-3, 0.6),
+        {"vae": vae, "optimizer": optimizer, "average": average},
+    )
+    stage.resume(things)
+    losses: list[float] = []
+    while stage.tick(optimizer, 16):
+        true = _pixels(_crops(train, photos, 16, rng), device)
+        with _half(device):
+            posterior = vae.encode(true).latent_dist
+            again = vae.decode(posterior.sample()).sample
+        error = again.float() - true
+        gaussian = 0.5 * (
+            posterior.mean.float().square() + posterior.var.float() - 1.0 - posterior.logvar.float()
+        )
+        loss: Any = error.abs().mean() + 4.0 * error.square().mean() + 1e-4 * gaussian.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        losses.append(loss.item())
+        if stage.step % 1000 == 0:
+            stage.log(
+                loss=float(np.mean(losses)), psnr=round_trip_psnr(average.kept["vae"], held_out, device)
+            )
+            losses.clear()
+        stage.save(things, every=60)
+    stage.log(psnr=round_trip_psnr(average.kept["vae"], held_out, device))
+    stage.save(things)
+
+
+def load_vae(work: Path) -> Any:
+    vae = build_vae().eval().requires_grad_(False)
+    vae.load_state_dict(
+        torch.load(work / "vae.pt", map_location="cpu", weights_only=True)["average"]["kept"]["vae"]
+    )
+    return vae
+
+
+@torch.no_grad()
+def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tensor, Tensor, float]:
+    """Posterior means and deviations (count, 4, 16, 16) float16, and the scaling factor; kept on disk."""
+    file = work / f"latents-{split}-{count}.pt"
+    if not file.exists():
+        vae, pictures = load_vae(work).to(device), scenes(work, split, count)
+        pairs = []
+        for start in range(0, count, 64):
+            posterior = vae.encode(_pixels(pictures[start : start + 64], device)).latent_dist
+            pairs.append(torch.stack([posterior.mean, posterior.std]).half().cpu())
+        mean, std = torch.cat(pairs, dim=1)
+        torch.save({"mean": mean.clone(), "std": std.clone(), "scale": 1.0 / mean.float().std().item()}, file)
+    state = torch.load(file, weights_only=True)
+    return state["mean"], state["std"], state["scale"]
+
+
+def _labels(drawn: list[world.Scene]) -> Tensor:
+    """(n, fields) int64: which of the values that occur each attribute has."""
+    columns = [[getattr(scene, field) for scene in drawn] for field in CAPTION_FIELDS]
+    kinds = [{value: index for index, value in enumerate(sorted(set(column)))} for column in columns]
+    return torch.tensor(
+        [[kind[value] for value in column] for kind, column in zip(kinds, columns, strict=True)]
+    ).T
+
+
+def teach_words(
+    encoder: nn.Module, tokenizer: Any, drawn: list[world.Scene], seconds: float, device: str
+) -> float:
+    """A head start: the text encoder learns to name a caption's attributes from its last position."""
+    labels, rng = _labels(drawn), random.Random(1)
+    sizes = (labels.max(0).values + 1).tolist()
+    head = nn.Linear(128, sum(sizes)).to(device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3, weight_decay=1e-3)
+    end, loss = time.monotonic() + seconds, torch.zeros(())
+    while time.monotonic() < end:
+        chosen = [rng.randrange(len(drawn)) for _ in range(64)]
+        ids = tokens(tokenizer, [world.caption(drawn[i], rng) for i in chosen]).to(device)
+        logits = head(encoder(ids).last_hidden_state[:, -1]).split(sizes, dim=1)
+        loss = torch.stack(
+            [F.cross_entropy(a, b) for a, b in zip(logits, labels[chosen].to(device).T, strict=False)]
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
+    """(n, length) int64."""
+    out = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    ids: Tensor = out.input_ids
+    return ids
+
+
+def caption_batches(
+    drawn: list[world.Scene], rare: list[str], batch: int, seed: int
+) -> Iterator[tuple[list[int], list[str]]]:
+    """Endless epochs of scene numbers and fresh captions, some with meaningless rare words before them."""
+    rng, order = random.Random(seed), list(range(len(drawn)))
+    while True:
+        rng.shuffle(order)
+        for start in range(0, len(order) - batch + 1, batch):
+            chosen = order[start : start + batch]
+            texts = [world.caption(drawn[i], rng) for i in chosen]
+            for i in range(batch):
+                if rng.random() < 0.12:
+                    texts[i] = " ".join([*rng.sample(rare, rng.randint(1, 3)), texts[i]]).strip()
+            yield chosen, texts
+
+
+def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """min(SNR + 1, 6) / (SNR + 1): min-SNR (arXiv 2303.09556) for v-prediction, whole at zero signal."""
+    return (6.0 * (1.0 - alphas_cumprod[timesteps])).clamp(max=1.0)
+
+
+@torch.no_grad()
+def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -> dict[str, float]:
+    """Error of the predicted clean latent with the right caption, none, and a wrong one."""
+    mean, _, scale = encode_scenes(work, "held-out", HELD_OUT, device)
+    clean, alphas = (mean.float() * scale).to(device), build_scheduler().alphas_cumprod.to(device)
+    generator = torch.Generator().manual_seed(0)
+    noise, steps = (
+        torch.randn(clean.shape, generator=generator).to(device),
+        torch.arange(HELD_OUT) * 1000 // HELD_OUT,
+    )
+    steps = steps.to(device)
+    noisy, a = add_noise(clean, noise, steps, alphas), alphas[steps].view(-1, 1, 1, 1)
+    texts = [
+        world.caption(world.draw_scene(i, "held-out"), random.Random(i + 10**6)) for i in range(HELD_OUT)
+    ]
+    errors = {}
+    for name, said in {"right": texts, "none": [""] * HELD_OUT, "wrong": texts[7:] + texts[:7]}.items():
+        embedded = average.kept["text_encoder"](tokens(tokenizer, said).to(device)).last_hidden_state
+        v = average.kept["unet"](noisy, steps, embedded).sample
+        errors[name] = (a.sqrt() * noisy - (1 - a).sqrt() * v - clean).square().mean().item()
+    return errors
+
+
+def train_unet(work: Path, count: int, minutes: float, device: str, batch: int, peak: float) -> None:
+    """UNet and text encoder together, on latents drawn from the VAE's posteriors."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    mean, std, scale = encode_scenes(work, "train", count, device)
+    encode_scenes(work, "held-out", HELD_OUT, device)
+    encoder = build_text_encoder(tokenizer).to(device).train()
+    unet = build_unet().to(device, memory_format=torch.channels_last).train()
+    stage = Stage(work, "unet", minutes, peak, 0.35)
+    drawn = [world.draw_scene(seed) for seed in range(count)]
+    if not stage.file.exists():
+        stage.log(words_loss=teach_words(encoder, tokenizer, drawn, stage.budget / 67, device))
+    parameters = [*unet.parameters(), *encoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    average = Average({"unet": unet, "text_encoder": encoder}, 0.9995)
+    things = {"unet": unet, "text_encoder": encoder, "optimizer": optimizer, "average": average}
+    stage.resume(things)
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    generator, losses = torch.Generator().manual_seed(stage.step), list[float]()
+    batches = caption_batches(drawn, rare_words(), batch, stage.step)
+    while stage.tick(optimizer, batch):
+        chosen, texts = next(batches)
+        noise = torch.randn((2, batch, *mean.shape[1:]), generator=generator)
+        clean = ((mean[chosen].float() + std[chosen].float() * noise[0]) * scale).to(device)
+        steps = stratified_timesteps(batch, 1000, generator).to(device)
+        noisy = add_noise(clean, noise[1].to(device), steps, alphas)
+        with _half(device):
+            embedded = encoder(tokens(tokenizer, texts).to(device)).last_hidden_state
+            v = unet(noisy.to(memory_format=torch.channels_last), steps, embedded).sample
+        target = training_target(clean, noise[1].to(device), steps, alphas, "v_prediction")
+        weight = weights_of_timesteps(steps, alphas)
+        loss = ((v.float() - target).square().mean((1, 2, 3)) * weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update()
+        losses.append(loss.item())
+        if stage.step % 1000 == 0:
+            stage.log(loss=float(np.mean(losses)), **held_out_errors(work, average, tokenizer, device))
+            losses.clear()
+        stage.save(things, every=120)
+    stage.log(**held_out_errors(work, average, tokenizer, device))
+    stage.save(things)
+
+
+def export(work: Path, folder: Path, count: int) -> None:
+    """Writes the averaged weights as a diffusers pipeline folder."""
+    tokenizer = build_tokenizer()
+    vae, unet, encoder = load_vae(work), build_unet(), build_text_encoder(tokenizer)
+    state = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["average"]["kept"]
+    unet.load_state_dict(state["unet"])
+    encoder.load_state_dict(state["text_encoder"])
+    vae.register_to_config(scaling_factor=encode_scenes(work, "train", count, "cpu")[2])
+    save_pipeline({"vae": vae, "unet": unet, "text_encoder": encoder, "tokenizer": tokenizer}, folder)
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command("all")
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--scenes", "count", default=80000, show_default=True, help="Training scenes to draw.")
+@click.option("--vae-minutes", default=20.0, show_default=True)
+@click.option("--unet-minutes", default=120.0, show_default=True)
+@click.option("--batch", default=16, show_default=True, help="Pictures a step of the UNet.")
+@click.option("--peak", default=7e-4, show_default=True, help="Highest learning rate of the UNet.")
+@click.option("--device", default="cpu", show_default=True)
+def run_all(
+    work: Path,
+    count: int,
+    vae_minutes: float,
+    unet_minutes: float,
+    batch: int,
+    peak: float,
+    device: str,
+) -> None:
+    """Draws the scenes and runs every stage, going on where it stopped."""
+    work.mkdir(parents=True, exist_ok=True)
+    scenes(work, "train", count)
+    train_vae(work, count, vae_minutes, device)
+    train_unet(work, count, unet_minutes, device, batch, peak)
+
+
+@main.command("export")
+@click.argument("work", type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--scenes", "count", default=80000, show_default=True)
+def run_export(work: Path, folder: Path, count: int) -> None:
+    """Writes the newest weights as a diffusers pipeline."""
+    export(work, folder, count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The pocket world: scenes, their pictures and captions, and the true result of every edit.
+
+A scene is one object in one place, at a time of day, in a look; everything else about it (position, size,
+mirror image, background details) is in the scene too, so the same scene with one thing changed can be drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .drawing import LOOKS, PLACES, backdrop, stand
+from .sprites import COLOURED, COLOURS, OBJECTS, sprite
+
+TIMES = ("day", "sunset", "night")
+COMPANIONS = ("balloon", "mushroom", "tulip", "duck", "apple", "cactus")
+LOOK_WEIGHTS = {"plain": 0.58, "sketch": 0.14, "pixel": 0.14, "sepia": 0.14}
+
+OBJECT_WORDS = {name: (name,) for name in OBJECTS} | {
+    "dog": ("dog", "puppy"),
+    "cat": ("cat", "kitten"),
+    "rabbit": ("rabbit", "bunny"),
+    "sailboat": ("sailboat", "boat"),
+}
+PLACE_WORDS = {
+    "meadow": ("in a meadow", "on the grass", "in a green field"),
+    "beach": ("on the beach", "by the sea", "at the beach"),
+    "desert": ("in the desert", "in a desert", "on a dune"),
+    "snow": ("in the snow", "in the snowy mountains", "in winter"),
+    "forest": ("in the forest", "in a forest", "in the woods"),
+    "city": ("in the city", "in a city", "on a street"),
+    "room": ("in a room", "in the living room", "indoors"),
+}
+TIME_WORDS = {
+    "day": ("by day", "in the daytime", "on a sunny day", "during the day"),
+    "sunset": ("at sunset", "at dusk", "in the evening"),
+    "night": ("at night", "by night", "under the moon"),
+}
+LOOK_WORDS = {
+    "plain": (("a picture of", ""), ("an illustration of", "")),
+    "sketch": (
+        ("a pencil sketch of", ""),
+        ("a sketch of", ""),
+        ("", "pencil sketch"),
+        ("a pencil drawing of", ""),
+    ),
+    "pixel": (("pixel art of", ""), ("", "pixel art"), ("a pixel art picture of", "")),
+    "sepia": (("a sepia photo of", ""), ("an old sepia photograph of", ""), ("", "sepia photo")),
+}
+SIDE_WORDS = {"left": "on the left", "right": "on the right", "middle": "in the middle"}
+SIZE_WORDS = {"small": ("small", "little"), "big": ("big", "large")}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides a picture of the pocket world.
+
+    Attributes:
+        object: one of `OBJECTS`.
+        place: one of `PLACES`.
+        time: one of `TIMES`.
+        look: one of `LOOKS`.
+        colour: one of `COLOURS` for an object of `COLOURED`, else "".
+        x: centre of the object, fraction of the width, 0.2 to 0.8.
+        size: longer side of the object, fraction of the width, 0.3 to 0.66.
+        mirrored: whether the object faces the other way.
+        companion: a small second object on the other side, one of `COMPANIONS`, or "".
+        seed: background details.
+    """
+
+    object: str
+    place: str
+    time: str = "day"
+    look: str = "plain"
+    colour: str = ""
+    x: float = 0.5
+    size: float = 0.5
+    mirrored: bool = False
+    companion: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        colours = tuple(COLOURS) if self.object in COLOURED else ("",)
+        for field, allowed in (
+            ("object", OBJECTS),
+            ("place", tuple(PLACES)),
+            ("time", TIMES),
+            ("look", tuple(LOOKS)),
+            ("colour", colours),
+            ("companion", ("", *COMPANIONS)),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"scene {field} is {getattr(self, field)!r}; allowed: {', '.join(map(repr, allowed))}"
+                )
+
+    @property
+    def side(self) -> str:
+        """Where the object is, as a caption says it: left, middle or right."""
+        return "left" if self.x < 0.4 else "right" if self.x > 0.6 else "middle"
+
+    @property
+    def scale(self) -> str:
+        """How large the object is, as a caption says it: small, "" or big."""
+        return "small" if self.size < 0.39 else "big" if self.size > 0.56 else ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One edit: a field of a scene and its new value."""
+
+    field: str
+    value: str | float
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """The true result of an edit.
+
+    Attributes:
+        scene: the changed scene.
+        prompt: the edit as a person would type it.
+        mask: (size, size) bool, the pixels that truly differ.
+    """
+
+    scene: Scene
+    prompt: str
+    mask: np.ndarray
+
+
+def _share(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+
+
+@cache
+def is_unseen_pair(name: str, place: str) -> bool:
+    """Whether this object never occurs in this place in training (one pair in eight)."""
+    return _share(f"{name} {place}") < 0.125
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene is kept out of training: an unseen pair, or one scene in ten by hash."""
+    return is_unseen_pair(scene.object, scene.place) or _share(repr(scene)) < 0.1
+
+
+def draw_scene(seed: int, split: str = "train") -> Scene:
+    """Draws a scene at random.
+
+    Args:
+        seed: the same seed and split give the same scene.
+        split: "train"; "held-out" (seen pairs, scenes never trained on); or "unseen" (pairs never drawn).
+    """
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        name, place = rng.choice(OBJECTS), rng.choice(tuple(PLACES))
+        if is_unseen_pair(name, place) != (split == "unseen"):
+            continue
+        scene = Scene(
+            object=name,
+            place=place,
+            time=rng.choice(TIMES),
+            look=rng.choices(tuple(LOOK_WEIGHTS), weights=tuple(LOOK_WEIGHTS.values()))[0],
+            colour=rng.choice(tuple(COLOURS)) if name in COLOURED else "",
+            x=round(rng.uniform(0.26, 0.74), 3),
+            size=round(rng.uniform(0.34, 0.62), 3),
+            mirrored=rng.random() < 0.5,
+            companion=rng.choice([c for c in COMPANIONS if c != name]) if rng.random() < 0.12 else "",
+            seed=rng.randrange(1 << 31),
+        )
+        if is_held_out(scene) == (split != "train"):
+            return scene
+
+
+def render(scene: Scene, size: int = 64) -> Image.Image:
+    """Draws a scene, RGB, `size` × `size` pixels."""
+    side, rng = size * 2, random.Random(scene.seed)
+    image = backdrop(side, scene.place, scene.time, rng)
+    ground = rng.uniform(0.84, 0.92)
+    if scene.companion:
+        small = sprite(scene.companion, "red" if scene.companion in COLOURED else "")
+        other = 0.15 if scene.x > 0.5 else 0.85
+        stand(image, small, scene.time, other, ground + 0.03, 0.22)
+    main = sprite(scene.object, scene.colour)
+    if scene.mirrored:
+        main = main.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    bottom = ground - 0.14 if scene.object == "balloon" else ground
+    stand(image, main, scene.time, scene.x, max(bottom, scene.size + 0.04), scene.size)
+    return LOOKS[scene.look](image, size)
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _phrase(scene: Scene, words: str, *, colour: bool, scale: bool) -> str:
+    parts = [SIZE_WORDS[scene.scale][0]] if scale and scene.scale else []
+    return _with_article(" ".join([*parts, *([scene.colour] if colour and scene.colour else []), words]))
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """Describes a scene with varied wording, attributes left out at random; "" one time in ten."""
+    if rng.random() < 0.1:
+        return ""
+    parts = []
+    if rng.random() < 0.94:
+        words = rng.choice(OBJECT_WORDS[scene.object])
+        parts.append(_phrase(scene, words, colour=rng.random() < 0.85, scale=rng.random() < 0.4))
+        if scene.companion and rng.random() < 0.85:
+            parts.append("and " + _with_article(scene.companion))
+        if rng.random() < 0.3:
+            parts.append(SIDE_WORDS[scene.side])
+    else:
+        parts.append("a scene")
+    place = [rng.choice(PLACE_WORDS[scene.place])] if rng.random() < 0.88 else []
+    time = [rng.choice(TIME_WORDS[scene.time])] if rng.random() < 0.85 else []
+    parts += place + time if rng.random() < 0.75 else time + place
+    before = after = ""
+    if rng.random() < (0.15 if scene.look == "plain" else 0.95):
+        before, after = rng.choice(LOOK_WORDS[scene.look])
+    text = " ".join(([before] if before else []) + parts)
+    if rng.random() < 0.1:
+        text = re.sub(r"\ban?\b", "the", text)
+    return f"{text}, {after}" if after else text
+
+
+def change_scene(scene: Scene, change: Change) -> Scene:
+    """The same scene with one thing changed; a new object keeps a colour it can have, else is red."""
+    values: dict[str, Any] = {change.field: change.value}
+    if change.field == "object":
+        values["colour"] = (scene.colour or "red") if change.value in COLOURED else ""
+    return replace(scene, **values)
+
+
+def counterfactual(scene: Scene, change: Change, size: int = 64) -> Counterfactual:
+    """The scene after an edit, the prompt that asks for it, and the pixels that truly differ."""
+    changed = change_scene(scene, change)
+    before, after = (np.asarray(render(s, size), dtype=np.int16) for s in (scene, changed))
+    return Counterfactual(changed, _edit_prompt(changed, change), (np.abs(before - after) > 6).any(-1))
+
+
+def _edit_prompt(scene: Scene, change: Change) -> str:
+    thing = _phrase(
+        scene, scene.object, colour=change.field in ("colour", "object"), scale=change.field == "size"
+    )
+    if change.field == "place":
+        return f"{thing} {PLACE_WORDS[scene.place][0]}"
+    if change.field == "time":
+        return f"{thing} {TIME_WORDS[scene.time][0]}"
+    if change.field == "look":
+        return f"{LOOK_WORDS[scene.look][0][0]} {thing}"
+    if change.field == "companion":
+        return f"{thing} and {_with_article(scene.companion)}"
+    return f"{thing} {SIDE_WORDS[scene.side]}" if change.field == "x" else thing
+
+
+def words() -> list[str]:
+    """Every word that a caption can use, in a fixed order."""
+    tables = [*PLACE_WORDS.values(), *TIME_WORDS.values(), SIDE_WORDS.values(), OBJECT_WORDS.values()]
+    phrases = [p for table in tables for p in table] + [w for pair in SIZE_WORDS.values() for w in pair]
+    phrases += [part for looks in LOOK_WORDS.values() for look in looks for part in look]
+    flat = [p for p in phrases if isinstance(p, str)] + [
+        w for p in phrases if isinstance(p, tuple) for w in p
+    ]
+    found = {w for phrase in [*flat, *COLOURS, "a", "an", "and", "the", "scene"] for w in phrase.split()}
+    return sorted(found)

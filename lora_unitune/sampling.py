@@ -1,0 +1,88 @@
+"""Sampling: from noise, or from the noised photo, to the latents of an image."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from lora_unitune.adapters import adapters_disabled
+from lora_unitune.families import Base
+from lora_unitune.guidance import classifier_free_guidance, rescale_guidance
+from lora_unitune.recipe import EditSettings
+
+
+@torch.no_grad()
+def sample(
+    base: Base,
+    shape: tuple[int, int, int],
+    conditional: Tensor,
+    unconditional: Tensor,
+    photo_latents: Tensor | None,
+    seed: int,
+    settings: EditSettings,
+) -> Tensor:
+    """Samples latents with the base's own sampler, from noise or from the noised photo (SDEdit, 2108.01073).
+
+    It does what diffusers' StableDiffusionPipeline (strength 1) and StableDiffusionImg2ImgPipeline (less) do.
+
+    Args:
+        base: with its adapter in place.
+        shape: (channels, h, w) of the latents.
+        conditional: (1, L, width), the prompt's embeddings.
+        unconditional: (1, L, width), those of the negative or empty prompt.
+        photo_latents: (1, channels, h, w), scaled; used when strength is below 1.
+        seed: of the generator that draws the noise, on the CPU.
+        settings: the sampler's.
+
+    Returns:
+        (1, channels, h, w) float32, scaled latents.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn((1, *shape), generator=generator).to(base.device)
+    scheduler = base.make_scheduler()
+    scheduler.set_timesteps(settings.steps, device=base.device)
+    timesteps = scheduler.timesteps
+    latents: Tensor
+    if photo_latents is None:
+        latents = noise * scheduler.init_noise_sigma
+    else:
+        kept = min(int(settings.steps * settings.strength), settings.steps)
+        first = (settings.steps - kept) * scheduler.order
+        timesteps = timesteps[first:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        latents = scheduler.add_noise(photo_latents, noise, timesteps[:1])
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if draws else {}
+    for timestep in timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        prediction = _guided_prediction(base, scaled, timestep, conditional, unconditional, settings)
+        latents = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+    return latents
+
+
+def _guided_prediction(
+    base: Base,
+    latents: Tensor,
+    timestep: Tensor,
+    conditional: Tensor,
+    unconditional: Tensor,
+    settings: EditSettings,
+) -> Tensor:
+    """Returns the prediction (1, c, h, w) for one step, with guidance where its weight isn't 1."""
+    timesteps = timestep.reshape(1)
+    if settings.guidance == 1:
+        return base.predict(latents, timesteps, conditional)
+    if settings.unconditional == "base":
+        with adapters_disabled(base):
+            without = base.predict(latents, timesteps, unconditional)
+        prompted = base.predict(latents, timesteps, conditional)
+    else:
+        both = torch.cat([unconditional, conditional])
+        without, prompted = base.predict(torch.cat([latents] * 2), timesteps.repeat(2), both).chunk(2)
+    guided = classifier_free_guidance(without, prompted, settings.guidance)
+    if settings.guidance_rescale > 0:
+        guided = rescale_guidance(guided, prompted, settings.guidance_rescale)
+    return guided

@@ -1,0 +1,210 @@
+"""Tiny random bases with the layouts of Stable Diffusion 1.5 and 2.1, built in code, without downloads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lora_unitune.families import Base, load_base
+
+COMMON_WORDS = (
+    "a an the of in on at with photo picture painting sketch fox cat dog horse house tree boat car red "
+    "blue green yellow night day sunset beach forest city snow desert mountain small large"
+).split()
+RARE_WORDS = "beikk zqrt vkpic sksq ohwx plfz jmnq wxyv qorb tzlk".split()
+
+
+def byte_alphabet() -> list[str]:
+    """Returns the 256 characters that byte-level BPE writes bytes as (GPT-2's table)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shifted = [chr(256 + index) for index in range(256 - len(plain))]
+    return [chr(code) for code in plain] + shifted
+
+
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns byte-pair merges that make every one of `words` a single token."""
+    splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(split) > 1 for split in splits):
+        counts: dict[tuple[str, str], int] = {}
+        for split in splits:
+            for pair in zip(split, split[1:], strict=False):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = max(counts, key=lambda pair: counts[pair])
+        merges.append(best)
+        for split in splits:
+            index = 0
+            while index < len(split) - 1:
+                if (split[index], split[index + 1]) == best:
+                    split[index : index + 2] = ["".join(best)]
+                index += 1
+    return merges
+
+
+def build_tokenizer(max_length: int = 16) -> CLIPTokenizer:
+    """Builds a small CLIP tokenizer that knows `COMMON_WORDS` and, later in its vocabulary, `RARE_WORDS`."""
+    merges = learn_merges(COMMON_WORDS * 2 + RARE_WORDS)
+    alphabet = byte_alphabet()
+    names = [*alphabet, *(character + "</w>" for character in alphabet)]
+    names += list(dict.fromkeys("".join(pair) for pair in merges))
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 16) -> CLIPTextModel:
+    """Builds a random two-layer CLIP text encoder for `tokenizer`."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def build_vae() -> AutoencoderKL:
+    """Builds a random autoencoder: factor 2, 4 latent channels."""
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+        scaling_factor=0.18215,
+    )
+    return vae.eval()
+
+
+def build_unet(**changes: Any) -> UNet2DConditionModel:
+    """Builds a random UNet of widths (16, 32) on 16 x 16 latents, with cross-attention on the lower level."""
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**(settings | changes)).eval()
+
+
+def save_pipeline(folder: Path, seed: int, scheduler: Any, **unet_changes: Any) -> Path:
+    """Builds a tiny random Stable Diffusion pipeline from `seed` and saves it under `folder`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer()
+        pipeline = StableDiffusionPipeline(
+            vae=build_vae(),
+            text_encoder=build_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=build_unet(**unet_changes),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)  # prints a progress bar; pytest captures it
+    return folder
+
+
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the layout of Stable Diffusion 1.5: epsilon prediction, PNDM, convolution projections."""
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    return save_pipeline(tmp_path_factory.mktemp("bases") / "tiny-sd15", 15, scheduler)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the layout of Stable Diffusion 2.1: v-prediction, linear projections, heads per level."""
+    scheduler = DDIMScheduler(
+        **BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    unet = {"use_linear_projection": True, "attention_head_dim": [2, 4]}
+    return save_pipeline(tmp_path_factory.mktemp("bases") / "tiny-sd21", 21, scheduler, **unet)
+
+
+@pytest.fixture(scope="session")
+def shared_base15(tiny_sd15: Path) -> Base:
+    """The SD 1.5 layout, loaded once; use `base15`, which checks that a test leaves it unchanged."""
+    return load_base(str(tiny_sd15), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_base21(tiny_sd21: Path) -> Base:
+    """The SD 2.1 layout, loaded once; use `base21`, which checks that a test leaves it unchanged."""
+    return load_base(str(tiny_sd21), device="cpu")
+
+
+def weights_of(base: Base) -> dict[str, torch.Tensor]:
+    """Returns a copy of every tensor of the base's parts, by "<part>.<name>"."""
+    return {
+        f"{part}.{name}": tensor.detach().clone()
+        for part, module in base.parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _lend(base: Base) -> Iterator[Base]:
+    before = weights_of(base)
+    yield base
+    from lora_unitune.adapters import detach
+
+    detach(base)
+    after = weights_of(base)
+    assert before.keys() == after.keys(), "the test left tensors behind in the base"
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert not changed, f"the test changed the base: {changed[:3]}"
+
+
+@pytest.fixture
+def base15(shared_base15: Base) -> Iterator[Base]:
+    """The SD 1.5 layout on the CPU; the test fails when it changes the base's weights."""
+    yield from _lend(shared_base15)
+
+
+@pytest.fixture
+def base21(shared_base21: Base) -> Iterator[Base]:
+    """The SD 2.1 layout on the CPU; the test fails when it changes the base's weights."""
+    yield from _lend(shared_base21)
+
+
+@pytest.fixture(scope="session")
+def photo_image() -> Image.Image:
+    """A 48 x 40 RGB picture with structure: two gradients and a bright square."""
+    image = Image.new("RGB", (48, 40))
+    image.putdata([(5 * x % 256, 6 * y % 256, 90) for y in range(40) for x in range(48)])
+    image.paste((250, 220, 40), (14, 10, 28, 24))
+    return image

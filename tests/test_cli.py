@@ -1,0 +1,470 @@
+"""The command line: what a person types, and what they read when something is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_unitune import Adapter, __version__
+from lora_unitune.cli import main
+from lora_unitune.edit import read_settings
+
+QUICK = ["--set", "fit.steps=2", "--set", "fit.batch_size=1", "--set", "edit.steps=2", "--device", "cpu"]
+
+
+def run(*arguments: str | Path) -> Result:
+    """Runs a command in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lora-unitune")
+
+
+def refused(*arguments: str | Path, folder: Path) -> str:
+    """Runs a command that has to fail: exit code 2, one line, nothing written. Returns the line."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = run(*arguments)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == 2, result.output
+    assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0]
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> tuple[Path, Result]:
+    """An adapter file fitted by the command line, beside its photo, and what the command printed."""
+    folder = tmp_path_factory.mktemp("fitted")
+    Image.radial_gradient("L").convert("RGB").save(folder / "photo.png")
+    file = folder / "photo.safetensors"
+    result = run("fit", folder / "photo.png", "-o", file, "--base", tiny_sd15, *QUICK, "--json")
+    assert result.exit_code == 0, result.output
+    return file, result
+
+
+@pytest.fixture
+def adapter_file(fitted: tuple[Path, Result], tmp_path: Path) -> Path:
+    """A copy of the fitted file, alone in its folder, to be changed by a test."""
+    return Path(shutil.copy(fitted[0], tmp_path / "photo.safetensors"))
+
+
+@pytest.fixture
+def photo(fitted: tuple[Path, Result], tmp_path: Path) -> Path:
+    """A copy of the photo."""
+    return Path(shutil.copy(fitted[0].with_name("photo.png"), tmp_path / "photo.png"))
+
+
+def test_fit_prints_one_json_object_and_progress_elsewhere(fitted: tuple[Path, Result]) -> None:
+    file, result = fitted
+    told = json.loads(result.stdout)
+    assert told["path"] == str(file) and told["bytes"] == file.stat().st_size and told["steps"] == 2
+    assert "fitting" in result.stderr and "loss" in result.stderr
+    assert [path.name for path in file.parent.iterdir() if path.suffix == ".safetensors"] == [file.name]
+
+
+def test_fit_edit_inspect(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    result = run("fit", photo, "-o", file, "--base", tiny_sd15, *QUICK, "--seed", "3")
+    assert result.exit_code == 0 and "a.safetensors" in result.stdout
+    result = run("edit", file, "a fox at night", "-o", tmp_path / "out.png", "--steps", "2")
+    assert result.exit_code == 0 and "out.png" in result.stdout
+    assert Image.open(tmp_path / "out.png").size == (32, 32)
+    result = run("inspect", file)
+    assert result.exit_code == 0
+    for text in (Adapter.load(file).rare_tokens, "unet 8", "to_q", "format version  1", "[fit]", "steps = 2"):
+        assert text in result.stdout
+    told = json.loads(run("inspect", file, "--json").stdout)
+    assert told["seed"] == 3 and told["recipe"]["fit"]["steps"] == 2
+
+
+def test_every_png_carries_its_settings_and_repeats(tmp_path: Path, adapter_file: Path) -> None:
+    dials = ["--guidance", "3", "--strength", "0.8", "--adapter-scale", "0.5", "--steps", "4"]
+    result = run(
+        "edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "-n", "3", "--seed", "5", *dials, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [Path(image["file"]).name for image in told["images"]] == ["out-5.png", "out-6.png", "out-7.png"]
+    for seed, image in enumerate(told["images"], start=5):
+        settings = read_settings(image["file"])
+        assert settings == image["settings"]
+        assert (settings["seed"], settings["guidance"], settings["strength"]) == (seed, 3.0, 0.8)
+        assert (settings["adapter_scale"], settings["steps"]) == (0.5, 4)
+    assert (
+        run("edit", adapter_file, "a fox", "-o", tmp_path / "one.png", "--seed", "6", *dials).exit_code == 0
+    )
+    assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "out-6.png").tobytes()
+
+
+def test_a_file_without_its_photo_takes_one_along(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
+    file = tmp_path / "bare.safetensors"
+    assert run("fit", photo, "-o", file, "--base", tiny_sd15, *QUICK, "--no-embed-photo").exit_code == 0
+    edit = ("edit", file, "a fox", "-o", tmp_path / "out.png", "--strength", "0.8")
+    assert "--photo" in refused(*edit, folder=tmp_path)
+    assert run(*edit, "--photo", photo).exit_code == 0
+
+
+def test_all_weights_can_be_fitted_for_comparison(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
+    file = tmp_path / "full.safetensors"
+    assert run("fit", photo, "-o", file, "--base", tiny_sd15, *QUICK, "--method", "full").exit_code == 0
+    assert json.loads(run("inspect", file, "--json").stdout)["method"] == "full"
+    assert run("edit", file, "a fox", "-o", tmp_path / "out.png").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["fit", "edit", "inspect", "demo"])
+def test_every_command_has_examples_in_its_help(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert f"lora-unitune {command} " in text and "--json" in text
+    assert f"lora-unitune {command} " in run("--help").stdout or command == "demo"
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout.strip() == f"lora-unitune, version {__version__}"
+
+
+# Photos that are handled as a person expects.
+
+
+def cmyk(path: Path) -> None:
+    Image.radial_gradient("L").convert("CMYK").save(path, "JPEG")
+
+
+def deep(path: Path) -> None:
+    Image.fromarray((np.arange(4096) * 16).astype(np.uint16).reshape(64, 64)).save(path, "PNG")
+
+
+def transparent(path: Path) -> None:
+    image = Image.radial_gradient("L").convert("RGBA")
+    image.putalpha(Image.linear_gradient("L"))
+    image.save(path, "PNG")
+
+
+def animated(path: Path) -> None:
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
+
+
+def turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.radial_gradient("L").convert("RGB").save(path, "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("write", "note"),
+    [(cmyk, ""), (deep, "8 bits"), (transparent, "on white"), (animated, "first of 3"), (turned, "")],
+)
+def test_unusual_photos_are_fitted(
+    tmp_path: Path, tiny_sd15: Path, write: Callable[[Path], None], note: str
+) -> None:
+    write(tmp_path / "odd")
+    result = run("fit", tmp_path / "odd", "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert note in result.stderr and ("note: " in result.stderr) == bool(note)
+
+
+# Photos, bases, settings and places that are refused.
+
+
+def no_image(path: Path) -> None:
+    path.write_text("not an image")
+
+
+def cut_off(path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+def bomb(path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (8, 8)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = (30_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
+    path.write_bytes(bytes(content))
+
+
+def tiny(path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(path, "PNG")
+
+
+def nothing(path: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (no_image, "isn't an image"),
+        (cut_off, "damaged or incomplete"),
+        (bomb, "million pixels"),
+        (tiny, "give a larger photo"),
+        (nothing, "doesn't exist"),
+    ],
+)
+def test_bad_photos(tmp_path: Path, tiny_sd15: Path, write: Callable[[Path], None], message: str) -> None:
+    write(tmp_path / "bad")
+    arguments = ("fit", tmp_path / "bad", "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK)
+    assert message in refused(*arguments, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "fit.stepz=3"], "did you mean 'steps'"),
+        (["--set", "fit.steps=0"], "a whole number from 1"),
+        (["--set", "prompt.rare_tokens=é€"], "rare token"),
+        (["--set", "lora.unet_targets=to_nowhere"], "to_nowhere"),
+        (["--set", "fit.optimizer=adamx"], "adamx"),
+        (["--set", "photo.resolution=33"], "33"),
+        (["--recipe", "sd15/7gb"], "unknown recipe"),
+        (["--recipe", "none.toml"], "doesn't exist"),
+        (["--device", "tpu"], "tpu"),
+        (["--method", "half"], "half"),
+        (["--seed", "-1"], "-1"),
+        (["--base", "no such base"], "unknown base"),
+    ],
+)
+def test_bad_settings_of_a_fit(
+    tmp_path: Path, tiny_sd15: Path, photo: Path, arguments: list[str], message: str
+) -> None:
+    given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK, *arguments)
+    assert message in refused(*given, folder=tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
+    given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK, "--device", "cuda")
+    assert "cuda" in refused(*given, folder=tmp_path)
+
+
+def test_folders_that_are_no_base(tmp_path: Path, photo: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    for name, message in (("empty", "model_index.json"), ("other", "FluxPipeline"), ("broken", "broken")):
+        given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tmp_path / name)
+        assert message in refused(*given, folder=tmp_path)
+
+
+def test_a_hub_id_without_a_network_is_one_line(tmp_path: Path, photo: Path) -> None:
+    given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", "nobody/nothing-of-this-name")
+    assert "nobody/nothing-of-this-name" in refused(*given, folder=tmp_path)
+
+
+def test_outputs_that_cannot_be_written(
+    tmp_path: Path, tiny_sd15: Path, photo: Path, adapter_file: Path
+) -> None:
+    fit = ("fit", photo, "--base", tiny_sd15, *QUICK)
+    assert "--overwrite" in refused(*fit, "-o", adapter_file, folder=tmp_path)
+    assert "there is no folder" in refused(*fit, "-o", tmp_path / "none" / "a.safetensors", folder=tmp_path)
+    assert "isn't a file" in refused(*fit, "-o", tmp_path, folder=tmp_path)
+    edit = ("edit", adapter_file, "a fox")
+    (tmp_path / "out-1.png").write_bytes(b"mine")
+    assert "--overwrite" in refused(*edit, "-o", tmp_path / "out.png", "-n", "2", folder=tmp_path)
+    assert "end in .png" in refused(*edit, "-o", tmp_path / "out.jpg", folder=tmp_path)
+    assert "there is no folder" in refused(*edit, "-o", tmp_path / "none" / "out.png", folder=tmp_path)
+    assert run(*edit, "-o", tmp_path / "out-1.png", "--overwrite").exit_code == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    given = ("fit", photo, "-o", tmp_path / "locked" / "a.safetensors", "--base", tiny_sd15, *QUICK)
+    assert "read-only" in refused(*given, folder=tmp_path)
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_disk_space(tmp_path: Path, tiny_sd15: Path, photo: Path, adapter_file: Path) -> None:
+    with room_for(1000):
+        given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK)
+        assert "can't be written" in refused(*given, folder=tmp_path)
+        given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png")
+        assert "can't be written" in refused(*given, folder=tmp_path)
+        given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "-n", "2")
+        assert "can't be written" in refused(*given, folder=tmp_path)
+
+
+# Adapter files and edits that are refused.
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
+    """Changes the tensors or the header of an adapter file."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata())
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def one_key(tensors: dict[str, torch.Tensor]) -> str:
+    return sorted(key for key in tensors if key.startswith("unet.") and key.endswith("lora_A.weight"))[0]
+
+
+def missing(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    del tensors[one_key(tensors)]
+
+
+def whole_module_missing(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    key = one_key(tensors)
+    del tensors[key], tensors[key.replace("lora_A", "lora_B")]
+
+
+def surplus(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["unet.surplus.lora_A.weight"] = torch.zeros(8, 4)
+
+
+def misshapen(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors[one_key(tensors)] = torch.zeros(8, 5)
+
+
+def not_finite(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors[one_key(tensors)][0, 0] = float("nan")
+
+
+def without_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    del metadata["lora_unitune"]
+
+
+def from_the_future(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    metadata["lora_unitune"] = json.dumps({**json.loads(metadata["lora_unitune"]), "format_version": 99})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (missing, "lora_A"),
+        (whole_module_missing, "lora_A"),
+        (surplus, "surplus"),
+        (misshapen, "shape"),
+        (not_finite, "finite"),
+        (without_header, "lora_unitune header"),
+        (from_the_future, "99"),
+    ],
+)
+def test_bad_adapter_files(
+    tmp_path: Path, adapter_file: Path, change: Callable[[dict, dict], None], message: str
+) -> None:
+    rewrite(adapter_file, change)
+    assert message in refused("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", folder=tmp_path)
+
+
+def test_files_that_are_no_adapter(tmp_path: Path, adapter_file: Path) -> None:
+    class Bad:
+        def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "opened"),)
+
+    pickled, zipped, cut = tmp_path / "a.bin", tmp_path / "a.pt", tmp_path / "cut.safetensors"
+    pickled.write_bytes(pickle.dumps(Bad()))
+    torch.save({"weight": torch.zeros(2)}, zipped)
+    cut.write_bytes(adapter_file.read_bytes()[:-100])
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name, message in (
+        ("a.bin", "pickle"),
+        ("a.pt", "pickle"),
+        ("cut.safetensors", "incomplete"),
+        ("text.safetensors", "isn't a complete adapter file"),
+        ("none.safetensors", "doesn't exist"),
+    ):
+        assert message in refused("inspect", tmp_path / name, folder=tmp_path)
+        assert message in refused(
+            "edit", tmp_path / name, "a fox", "-o", tmp_path / "out.png", folder=tmp_path
+        )
+
+
+def test_an_adapter_made_for_another_base(tmp_path: Path, adapter_file: Path, tiny_sd21: Path) -> None:
+    given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "--base", tiny_sd21)
+    assert "was made for base" in refused(*given, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "0"], "above 0 and up to 1"),
+        (["--strength", "1.5"], "above 0 and up to 1"),
+        (["--strength", "nan"], "above 0 and up to 1"),
+        (["--strength", "0.01"], "leaves none of"),
+        (["--guidance", "-1"], "from 1 to 100"),
+        (["--guidance-rescale", "2"], "from 0 to 1"),
+        (["--adapter-scale", "-1"], "from 0 to 4"),
+        (["--steps", "0"], "from 1 to 1000"),
+        (["--steps", "many"], "many"),
+        (["--seed", "-1"], "-1"),
+        (["-n", "0"], "0"),
+        (["--photo", "none.png"], "doesn't exist"),
+    ],
+)
+def test_impossible_dials(tmp_path: Path, adapter_file: Path, arguments: list[str], message: str) -> None:
+    given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", *arguments)
+    assert message in refused(*given, folder=tmp_path)
+
+
+def test_an_empty_prompt(tmp_path: Path, adapter_file: Path) -> None:
+    for prompt in ("", "  "):
+        assert "empty" in refused("edit", adapter_file, prompt, "-o", tmp_path / "out.png", folder=tmp_path)
+
+
+def test_a_prompt_that_is_too_long_says_what_was_cut(tmp_path: Path, adapter_file: Path) -> None:
+    result = run("edit", adapter_file, "a red fox " * 20 + "boat", "-o", tmp_path / "out.png")
+    assert result.exit_code == 0
+    assert "note: " in result.stderr and "boat" in result.stderr
+
+
+def test_what_was_typed_wrong_is_one_line_too(tmp_path: Path) -> None:
+    assert "No such command" in refused("fitt", folder=tmp_path)
+    assert "Missing argument" in refused("inspect", folder=tmp_path)
+    assert "No such option" in refused("inspect", "a", "--jsn", folder=tmp_path)
+
+
+def test_demo_refuses_a_folder_with_files_in_it(tmp_path: Path, tiny_sd15: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "--overwrite" in refused("demo", "-o", tmp_path, "--base", tiny_sd15, folder=tmp_path)
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from lora_unitune.cli import main; main()"
+    )
+    given = ["fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, "--set", "fit.steps=100000"]
+    command = [sys.executable, "-c", code, *map(str, given)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("fitting"):
+                break
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and output == ""
+    assert errors.splitlines() == ["stopped; nothing was written"]
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]

@@ -1,0 +1,533 @@
+"""The edit: it equals plain diffusers, repeats exactly, and leaves the base as it was."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+
+from lora_unitune.adapter_file import Adapter
+from lora_unitune.adapters import attach, collect, detach, is_attached
+from lora_unitune.edit import Editor, read_settings
+from lora_unitune.errors import AdapterFileError, OutputError, PhotoError, PromptError, SettingError
+from lora_unitune.families import Base, load_base
+from lora_unitune.recipe import EditSettings, FitSettings, LoraSettings, Recipe
+
+LORA = LoraSettings(unet_rank=4, unet_alpha=10.0, text_encoder_rank=2, text_encoder_alpha=3.0)
+EDIT = EditSettings(steps=4, guidance=4.0)
+
+
+@functools.cache
+def adapter_shapes(base: Base, lora: LoraSettings) -> dict[str, torch.Size]:
+    """Returns the shapes of an adapter's tensors, found by attaching one."""
+    attach(base, lora)
+    shapes = {key: tensor.shape for key, tensor in collect(base).items()}
+    detach(base)
+    return shapes
+
+
+def make_adapter(base: Base, lora: LoraSettings = LORA, seed: int = 0) -> Adapter:
+    """Returns an adapter for a base with random tensors, large enough to change its images."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = adapter_shapes(base, lora)
+    return Adapter(
+        tensors={key: torch.randn(shape, generator=generator) / 4 for key, shape in shapes.items()},
+        rare_tokens="zqrt ohwx",
+        recipe=Recipe(lora=lora, edit=EDIT),
+        base=base.name,
+        fingerprint=base.fingerprint,
+        photo_latents=torch.randn((1, *base.latent_shape()), generator=generator),
+        resolution=base.resolution,
+        seed=seed,
+        seconds=1.0,
+    )
+
+
+def make_full_adapter(base: Base) -> Adapter:
+    """Returns an adapter of method "full": the base's own weights, moved a little."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        f"{part}.{name}": weight.detach() + torch.randn(weight.shape, generator=generator) / 50
+        for part, module in base.parts.items()
+        for name, weight in module.named_parameters()
+    }
+    recipe = Recipe(lora=LORA, edit=EDIT, fit=FitSettings(method="full"))
+    return replace(make_adapter(base), tensors=tensors, recipe=recipe)
+
+
+def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(image).astype(np.int16)
+
+
+def weights_of(base: Base) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, module in base.parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def unchanged(base: Base, before: dict[str, torch.Tensor]) -> bool:
+    after = weights_of(base)
+    return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.fixture
+def adapter(base15: Base) -> Adapter:
+    return make_adapter(base15)
+
+
+@pytest.fixture
+def editor(base15: Base) -> Iterator[Editor]:
+    editor = Editor(base15)
+    yield editor
+    editor.release()
+
+
+# Agreement with plain diffusers
+
+
+def plain_pipeline(kind: Any, base: Base, folder: Path, file: Path) -> Any:
+    pipeline = kind.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = base.make_scheduler()
+    pipeline.load_lora_weights(file)
+    return pipeline
+
+
+def saved_and_loaded(adapter: Adapter, path: Path) -> Adapter:
+    adapter.save(path)
+    return Adapter.load(path)
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sd21"])
+@pytest.mark.parametrize("negative_prompt", ["", "a red car"])
+def test_a_plain_pipeline_gives_the_same_image(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    layout: str,
+    negative_prompt: str,
+) -> None:
+    base, folder = request.getfixturevalue(f"base{layout[2:]}"), request.getfixturevalue(f"tiny_{layout}")
+    path = tmp_path / "photo.safetensors"
+    adapter = saved_and_loaded(make_adapter(base), path)
+    settings = replace(EDIT, strength=1.0, guidance=5.0, guidance_rescale=0.7)
+    ours = Editor(base).pixels(adapter, "zqrt ohwx a fox", negative_prompt, None, 3, settings)
+    capfd.readouterr()
+    pipeline = plain_pipeline(StableDiffusionPipeline, base, folder, path)
+    written = capfd.readouterr()
+    noise = torch.randn((1, *base.latent_shape()), generator=torch.Generator().manual_seed(3))
+    arguments: dict[str, Any] = {
+        "prompt": "zqrt ohwx a fox",
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "guidance_rescale": settings.guidance_rescale,
+        "latents": noise,
+        "output_type": "pt",
+    }
+    theirs = pipeline(**arguments).images
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert "lora" not in written.err.lower() and "key" not in written.err.lower()
+    pipeline.unload_lora_weights()
+    plain = pipeline(**arguments).images
+    assert (plain - theirs).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sd21"])
+@pytest.mark.parametrize("strength", [0.95, 0.5])
+def test_a_plain_image_to_image_pipeline_gives_the_same_image(
+    request: pytest.FixtureRequest, tmp_path: Path, layout: str, strength: float
+) -> None:
+    base, folder = request.getfixturevalue(f"base{layout[2:]}"), request.getfixturevalue(f"tiny_{layout}")
+    path = tmp_path / "photo.safetensors"
+    adapter = saved_and_loaded(make_adapter(base), path)
+    settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
+    ours = Editor(base).pixels(adapter, "zqrt ohwx a fox", "", adapter.photo_latents, 3, settings)
+    theirs = plain_pipeline(StableDiffusionImg2ImgPipeline, base, folder, path)(
+        "zqrt ohwx a fox",
+        image=adapter.photo_latents,
+        strength=strength,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_other_samplers_agree_too(tiny_sd15: Path, tmp_path: Path, kind: Any, strength: float) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, use_safetensors=True)
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), device="cpu")
+    assert isinstance(base.make_scheduler(), kind)
+    path = tmp_path / "photo.safetensors"
+    adapter = saved_and_loaded(make_adapter(base), path)
+    settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
+    start = adapter.photo_latents if strength < 1 else None
+    ours = Editor(base).pixels(adapter, "zqrt ohwx a fox", "", start, 3, settings)
+    image_to_image = {"image": start, "strength": strength} if strength < 1 else {}
+    plain = StableDiffusionImg2ImgPipeline if strength < 1 else StableDiffusionPipeline
+    theirs = plain_pipeline(plain, base, tmp_path / "base", path)(
+        "zqrt ohwx a fox",
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        **image_to_image,
+    ).images
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+# Invariants
+
+
+def test_saving_and_loading_changes_no_output(editor: Editor, adapter: Adapter, tmp_path: Path) -> None:
+    assert adapter.photo_latents is not None
+    rounded = replace(
+        adapter,
+        tensors={key: tensor.half().float() for key, tensor in adapter.tensors.items()},
+        photo_latents=adapter.photo_latents.half().float(),
+    )
+    loaded = saved_and_loaded(adapter, tmp_path / "photo.safetensors")
+    first, second = editor.edit(rounded, "a fox"), editor.edit(loaded, "a fox")
+    assert first.image.tobytes() == second.image.tobytes()
+    assert first.settings == second.settings
+
+
+def test_edits_and_swaps_leave_the_base_as_it_was_to_the_bit(base15: Base, editor: Editor) -> None:
+    before = weights_of(base15)
+    plain = editor.edit(None, "a fox", steps=2).image.tobytes()
+    other = LoraSettings(unet_rank=2, unet_targets=("to_q", "conv1"), text_encoder_rank=0)
+    for adapter in (
+        make_adapter(base15),
+        make_adapter(base15, seed=5),
+        make_full_adapter(base15),
+        make_adapter(base15, other),
+        make_full_adapter(base15),
+    ):
+        for settings in ({}, {"adapter_scale": 0.5}, {"strength": 1.0, "guidance": 1.0}):
+            editor.edit(adapter, "a fox", steps=2, **settings)
+    editor.release()
+    assert not is_attached(base15)
+    assert unchanged(base15, before)
+    assert editor.edit(None, "a fox", steps=2).image.tobytes() == plain
+
+
+def test_a_swapped_adapter_edits_as_in_a_fresh_editor(base15: Base, editor: Editor) -> None:
+    other = LoraSettings(unet_rank=2, unet_targets=("to_q",), text_encoder_rank=0)
+    same_shapes = replace(LORA, unet_alpha=1.0)
+    made = [
+        make_adapter(base15),
+        make_adapter(base15, seed=5),
+        make_adapter(base15, same_shapes, seed=5),
+        make_full_adapter(base15),
+        make_adapter(base15, other),
+    ]
+    fresh = []
+    for adapter in made:
+        alone = Editor(base15)
+        fresh.append(alone.edit(adapter, "a fox", steps=2).image.tobytes())
+        alone.release()
+    assert len(set(fresh)) == len(made)
+    for order in ([0, 1, 2, 3, 4], [4, 0, 3, 1, 0, 2]):
+        for index in order:
+            assert editor.edit(made[index], "a fox", steps=2).image.tobytes() == fresh[index]
+
+
+def test_an_adapter_of_the_same_layout_is_exchanged_in_place(base15: Base, editor: Editor) -> None:
+    first, second = make_adapter(base15), make_adapter(base15, seed=5)
+    editor.edit(first, "a fox", steps=1, strength=1)
+    modules = [id(module) for module in base15.parts["unet"].modules()]
+    editor.edit(second, "a fox", steps=1, strength=1)
+    assert [id(module) for module in base15.parts["unet"].modules()] == modules
+
+
+def test_adapter_scale_0_is_the_plain_base(base15: Base, editor: Editor, adapter: Adapter) -> None:
+    settings = replace(EDIT, strength=1.0, adapter_scale=0.0)
+    plain = editor.pixels(None, "a fox", "", None, 0, settings)
+    for made in (adapter, make_full_adapter(base15)):
+        assert torch.equal(editor.pixels(made, "a fox", "", None, 0, settings), plain)
+        scaled = editor.pixels(made, "a fox", "", None, 0, replace(settings, adapter_scale=1.0))
+        assert not torch.equal(scaled, plain)
+
+
+def test_the_base_can_predict_the_empty_prompt(editor: Editor, adapter: Adapter) -> None:
+    settings = replace(EDIT, strength=1.0, guidance_rescale=0.0)
+    with_adapter = editor.pixels(adapter, "zqrt a fox", "", None, 0, settings)
+    with_base = editor.pixels(adapter, "zqrt a fox", "", None, 0, replace(settings, unconditional="base"))
+    assert not torch.equal(with_adapter, with_base)
+    assert torch.equal(with_adapter, editor.pixels(adapter, "zqrt a fox", "", None, 0, settings))
+    unscaled = replace(settings, adapter_scale=0.0)
+    torch.testing.assert_close(
+        editor.pixels(adapter, "zqrt a fox", "", None, 0, unscaled),
+        editor.pixels(adapter, "zqrt a fox", "", None, 0, replace(unscaled, unconditional="base")),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_many_edits_equal_single_ones_with_consecutive_seeds(editor: Editor, adapter: Adapter) -> None:
+    many = editor.edit_many(adapter, "a fox", 3, seed=7, guidance=3.0)
+    for index, edit in enumerate(many):
+        assert edit.settings["seed"] == 7 + index
+        alone = editor.edit(adapter, "a fox", seed=7 + index, guidance=3.0)
+        assert alone.image.tobytes() == edit.image.tobytes()
+    assert len({edit.image.tobytes() for edit in many}) == 3
+
+
+@pytest.mark.parametrize("order", [["reconstruct", "edit"], ["edit", "reconstruct"]])
+def test_reconstruct_is_the_rare_tokens_from_noise_without_guidance(
+    editor: Editor, adapter: Adapter, order: list[str]
+) -> None:
+    found = {}
+    for name in order:
+        if name == "edit":
+            editor.edit(adapter, "a fox")
+        else:
+            found = {"edit": editor.reconstruct(adapter, seed=2)}
+    edit = found["edit"]
+    assert edit.prompt == adapter.rare_tokens
+    assert (edit.settings["strength"], edit.settings["guidance"], edit.settings["photo"]) == (1.0, 1.0, None)
+    settings = replace(EDIT, strength=1.0, guidance=1.0)
+    sampled = editor.pixels(adapter, adapter.rare_tokens, "", None, 2, settings)
+    assert np.abs(pixels(edit.image) / 255 - sampled[0].permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def test_the_photo_given_with_an_edit_replaces_the_one_in_the_file(
+    base15: Base, editor: Editor, adapter: Adapter, photo_image: Image.Image
+) -> None:
+    embedded = editor.edit(adapter, "a fox", strength=0.5)
+    given = editor.edit(adapter, "a fox", strength=0.5, photo=photo_image)
+    bare = editor.edit(replace(adapter, photo_latents=None), "a fox", strength=0.5, photo=photo_image)
+    assert embedded.image.tobytes() != given.image.tobytes() == bare.image.tobytes()
+    assert [edit.settings["photo"] for edit in (embedded, given)] == ["adapter", "given"]
+    assert any("centre square" in note for note in given.notes)
+
+
+def test_less_strength_stays_nearer_to_the_photo(editor: Editor, adapter: Adapter) -> None:
+    photo = pixels(editor.photo_round_trip(adapter))
+    away = [
+        np.abs(pixels(editor.edit(adapter, "a fox", steps=10, strength=strength).image) - photo).mean()
+        for strength in (0.1, 0.4, 1.0)
+    ]
+    assert away == sorted(away) and away[0] < away[-1]
+
+
+def test_photo_round_trip_decodes_the_latents_in_the_file(
+    base15: Base, editor: Editor, adapter: Adapter
+) -> None:
+    image = editor.photo_round_trip(adapter)
+    assert image.size == (base15.resolution, base15.resolution)
+    assert adapter.photo_latents is not None
+    decoded = base15.decode(adapter.photo_latents)[0].permute(1, 2, 0).numpy()
+    assert np.abs(pixels(image) / 255 - decoded).max() <= 0.5 / 255 + 1e-6
+
+
+# The record of an edit
+
+
+def test_a_png_repeats_its_edit_exactly(
+    tiny_sd15: Path, editor: Editor, adapter: Adapter, tmp_path: Path
+) -> None:
+    edit = editor.edit(
+        adapter,
+        "a fox ünter dem 月",
+        negative_prompt="a dog",
+        seed=11,
+        steps=5,
+        guidance=2.5,
+        guidance_rescale=0.3,
+        strength=0.7,
+        adapter_scale=0.8,
+        unconditional="base",
+    )
+    edit.save(tmp_path / "out.png")
+    loaded = saved_and_loaded(adapter, tmp_path / "photo.safetensors")
+    settings = read_settings(tmp_path / "out.png")
+    assert settings == edit.settings
+    fresh = Editor(str(tiny_sd15), device="cpu")
+    again = fresh.repeat(loaded, settings)
+    once_more = editor.repeat(loaded, settings)
+    assert again.image.tobytes() == once_more.image.tobytes()
+    assert editor.repeat(adapter, settings).image.tobytes() == edit.image.tobytes()
+    assert again.settings == {**edit.settings, "base": again.settings["base"]}
+    with Image.open(tmp_path / "out.png") as written:
+        assert written.tobytes() == edit.image.tobytes()
+
+
+def test_reconstructions_repeat_too(editor: Editor, adapter: Adapter) -> None:
+    first = editor.reconstruct(adapter, seed=4)
+    assert editor.repeat(adapter, first.settings).image.tobytes() == first.image.tobytes()
+
+
+def test_repeating_with_something_else_is_one_line(
+    base15: Base, editor: Editor, adapter: Adapter, photo_image: Image.Image
+) -> None:
+    edit = editor.edit(adapter, "a fox", photo=photo_image)
+    with pytest.raises(SettingError, match="another base or adapter"):
+        editor.repeat(make_adapter(base15, seed=9), edit.settings)
+    with pytest.raises(SettingError, match="give that photo again"):
+        editor.repeat(adapter, edit.settings)
+    with pytest.raises(SettingError, match="lack guidance"):
+        editor.repeat(adapter, {key: value for key, value in edit.settings.items() if key != "guidance"})
+    assert editor.repeat(adapter, edit.settings, photo_image).image.tobytes() == edit.image.tobytes()
+
+
+def test_the_settings_hold_everything(base15: Base, editor: Editor, adapter: Adapter) -> None:
+    settings = editor.edit(adapter, "a fox").settings
+    assert settings["prompt"] == "a fox" and settings["rare_tokens"] == adapter.rare_tokens
+    assert settings["fingerprint"] == base15.fingerprint
+    assert settings["resolution"] == base15.resolution
+    assert settings["guidance"] == EDIT.guidance and settings["steps"] == EDIT.steps
+    assert {"lora_unitune", "torch", "diffusers"} <= settings.keys()
+
+
+def test_a_png_is_written_whole_or_not_at_all(editor: Editor, adapter: Adapter, tmp_path: Path) -> None:
+    edit = editor.edit(adapter, "a fox", steps=1, strength=1.0)
+    edit.save(tmp_path / "out.png")
+    with pytest.raises(OutputError, match="is there already"):
+        edit.save(tmp_path / "out.png")
+    edit.save(tmp_path / "out.png", overwrite=True)
+    with pytest.raises(OutputError, match="let it end in .png"):
+        edit.save(tmp_path / "out.jpg")
+    with pytest.raises(OutputError, match="no folder"):
+        edit.save(tmp_path / "missing" / "out.png")
+    assert os.listdir(tmp_path) == ["out.png"]
+
+
+def test_other_files_hold_no_settings(tmp_path: Path, photo_image: Image.Image) -> None:
+    photo_image.save(tmp_path / "plain.png")
+    photo_image.save(tmp_path / "photo.jpg")
+    for name in ("plain.png", "photo.jpg", "missing.png"):
+        with pytest.raises(SettingError, match="has no settings of an edit"):
+            read_settings(tmp_path / name)
+
+
+# Prompts and bad input
+
+
+def test_what_doesnt_fit_into_the_prompt_is_named(editor: Editor, adapter: Adapter) -> None:
+    edit = editor.edit(adapter, "a red fox at night " * 4 + "sunset", steps=1, strength=1.0)
+    (note,) = edit.notes
+    assert "too long" in note and note.endswith("sunset'")
+    assert editor.edit(adapter, "a fox", steps=1, strength=1.0).notes == ()
+    (note,) = editor.edit(adapter, "a fox", steps=1, strength=1.0, guidance=1, negative_prompt="a dog").notes
+    assert "no effect" in note
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", None])
+def test_an_empty_prompt_is_one_line(editor: Editor, adapter: Adapter, prompt: Any) -> None:
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        editor.edit(adapter, prompt)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"steps": 1001}, "steps = 1001"),
+        ({"steps": 2.5}, "steps = 2.5"),
+        ({"guidance": 0.5}, "guidance = 0.5 isn't allowed; give a number from 1"),
+        ({"guidance": float("nan")}, "guidance = nan"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale = 1.5"),
+        ({"strength": 0}, "strength = 0 isn't allowed"),
+        ({"strength": 1.1}, "strength = 1.1"),
+        ({"strength": 0.1}, "leaves none of 4 steps"),
+        ({"adapter_scale": -1}, "adapter_scale = -1"),
+        ({"unconditional": "nobody"}, "unconditional = 'nobody'"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**63}, "seed = "),
+        ({"seed": "one"}, "seed = 'one'"),
+    ],
+)
+def test_impossible_settings_are_one_line(
+    editor: Editor, adapter: Adapter, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message) as caught:
+        editor.edit(adapter, "a fox", **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+def test_impossible_counts_are_one_line(editor: Editor, adapter: Adapter, count: Any) -> None:
+    with pytest.raises(SettingError, match="count = "):
+        editor.edit_many(adapter, "a fox", count)
+
+
+def test_the_steps_a_base_has_are_the_most_it_takes(tiny_sd15: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, use_safetensors=True)
+    pipeline.scheduler = DDIMScheduler(num_train_timesteps=10, steps_offset=0)
+    pipeline.save_pretrained(tmp_path / "base")
+    editor = Editor(str(tmp_path / "base"), device="cpu")
+    editor.edit(None, "a fox", steps=10)
+    with pytest.raises(SettingError, match="takes from 1 to 10"):
+        editor.edit(None, "a fox", steps=11)
+
+
+def test_starting_from_a_photo_needs_one(editor: Editor, adapter: Adapter, tmp_path: Path) -> None:
+    bare = replace(adapter, photo_latents=None)
+    with pytest.raises(SettingError, match=r"give the photo \(--photo\), or strength 1"):
+        editor.edit(bare, "a fox")
+    with pytest.raises(SettingError, match="starts from the photo"):
+        editor.edit(None, "a fox", strength=0.5)
+    with pytest.raises(SettingError, match="holds no photo"):
+        editor.photo_round_trip(bare)
+    with pytest.raises(PhotoError, match="doesn't exist"):
+        editor.edit(bare, "a fox", photo=tmp_path / "missing.jpg")
+    editor.edit(bare, "a fox", strength=1.0, steps=1)
+
+
+def test_an_adapter_of_another_base_is_one_line(base15: Base, base21: Base) -> None:
+    with pytest.raises(AdapterFileError, match="was made for base"):
+        Editor(base21).edit(make_adapter(base15), "a fox")
+    with pytest.raises(AdapterFileError, match="was made for base"):
+        Editor(base21).photo_round_trip(make_adapter(base15))
+
+
+def test_tensors_that_dont_fit_the_base_are_one_line_and_change_nothing(
+    base15: Base, editor: Editor, adapter: Adapter
+) -> None:
+    before = weights_of(base15)
+    full = make_full_adapter(base15)
+    good = editor.edit(adapter, "a fox", steps=2).image.tobytes()
+    for made in (adapter, full):
+        key = next(iter(made.tensors))
+        fewer = {name: tensor for name, tensor in made.tensors.items() if name != key}
+        for tensors in (fewer, {**fewer, key: torch.ones(3, 3)}, {**made.tensors, key + "x": torch.ones(3)}):
+            with pytest.raises(AdapterFileError) as caught:
+                editor.edit(replace(made, tensors=tensors), "a fox")
+            assert "\n" not in str(caught.value)
+            assert editor.edit(adapter, "a fox", steps=2).image.tobytes() == good
+    unfit = replace(adapter, recipe=replace(adapter.recipe, lora=replace(LORA, unet_targets=("nothing",))))
+    with pytest.raises(AdapterFileError, match="doesn't suit the base"):
+        editor.edit(unfit, "a fox")
+    misshapen = replace(adapter, photo_latents=torch.ones(1, 4, 3, 3))
+    with pytest.raises(AdapterFileError, match="latents in the adapter have shape"):
+        editor.edit(misshapen, "a fox")
+    editor.release()
+    assert unchanged(base15, before)
+
+
+def test_full_adapters_cant_use_the_base_for_the_empty_prompt(base15: Base, editor: Editor) -> None:
+    with pytest.raises(SettingError, match="needs an adapter of method 'lora'"):
+        editor.edit(make_full_adapter(base15), "a fox", unconditional="base")

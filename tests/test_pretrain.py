@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import StableDiffusionPipeline
+
+from lora_unitune.pocket import world
+from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, rare_words
+from lora_unitune.pocket.pretrain import main, weights_of_timesteps
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("pretrain")
+    command = ["all", str(work), "--scenes", "64", "--vae-minutes", "0.01", "--unet-minutes", "0.02"]
+    for _ in range(2):
+        result = CliRunner().invoke(main, command, catch_exceptions=False)
+        assert result.exit_code == 0
+    return work
+
+
+def test_every_word_and_rare_word_is_one_token() -> None:
+    tokenizer = build_tokenizer()
+    for word in [w.strip(",") for w in world.words()] + rare_words():
+        ids = tokenizer(word).input_ids
+        assert len(ids) == 3
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == word
+    assert not set(rare_words()) & set(world.words())
+
+
+def test_the_schedule_ends_in_pure_noise_and_no_timestep_is_left_out() -> None:
+    alphas = build_scheduler().alphas_cumprod
+    assert alphas[-1] == 0
+    weights = weights_of_timesteps(torch.arange(1000), alphas)
+    assert weights.max() == 1
+    assert weights[-1] == 1
+    assert weights.min() > 0
+
+
+def test_training_goes_on_where_it_stopped(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "unet.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] > rows[-2]["step"]
+    assert {"right", "none", "wrong"} <= rows[-1].keys()
+
+
+def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["export", str(trained), str(tmp_path / "base"), "--scenes", "64"])
+    assert result.exit_code == 0, result.output
+    assert {file.suffix for file in (tmp_path / "base").rglob("*.*") if file.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".txt",
+    }
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "base", torch_dtype=torch.float32, use_safetensors=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        "a dog", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    assert image.shape == (64, 64, 3)
+    assert np.isfinite(image).all()
