@@ -81,12 +81,12 @@ def fit(
         history = train(prepared, loaded, settings, generator, on_step)
         tensors = _full_tensors(loaded) if settings.fit.method == "full" else adapters.collect(loaded)
     return Adapter(
-        tensors=tensors,
+        tensors={key: _as_saved(tensor) for key, tensor in tensors.items()},
         rare_tokens=prepared.rare_tokens,
         recipe=settings,
         base=loaded.name,
         fingerprint=loaded.fingerprint,
-        photo_latents=prepared.latent_mean if embed_photo else None,
+        photo_latents=_as_saved(prepared.latent_mean) if embed_photo else None,
         resolution=resolution,
         seed=seed,
         seconds=history.seconds,
@@ -142,6 +142,11 @@ def train(
             if on_step is not None:
                 on_step(step + 1, settings.steps, loss)
     return History(tuple(losses), time.perf_counter() - started)
+
+
+def _as_saved(tensor: Tensor) -> Tensor:
+    """Rounds to the half precision of an adapter file, so that saving and loading changes nothing."""
+    return tensor.half().float()
 
 
 def _error(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
@@ -245,6 +250,7 @@ def _checkpointing(base: Base, wanted: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _adapted(base: Base, recipe: Recipe, generator: torch.Generator) -> Iterator[None]:
     """Makes the base trainable as the recipe says, and restores it to the bit, whatever happens."""
+    adapters.detach(base)
     if recipe.fit.method == "full":
         with _full_weights(base, recipe.lora.text_encoder_rank > 0):
             yield

@@ -55,6 +55,7 @@ def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path)
         ".json",
         ".safetensors",
         ".txt",
+        ".md",
     }
     pipeline = StableDiffusionPipeline.from_pretrained(
         tmp_path / "base", torch_dtype=torch.float32, use_safetensors=True

@@ -16,7 +16,7 @@ from lora_unitune.families import Base
 from lora_unitune.photo import load_photo
 from lora_unitune.prepare import Prepared, prepare
 from lora_unitune.recipe import Recipe
-from lora_unitune.train import fit, train
+from lora_unitune.train import _adapted, _full_tensors, fit, train
 
 QUICK = ("fit.steps=3", "fit.batch_size=2", "fit.unet_learning_rate=1e-3")
 
@@ -26,13 +26,11 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def trained(base: Base, prepared: Prepared, overrides: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Attaches, trains and collects with everything drawn from seed 0."""
+    """Trains as `fit` does, and returns the tensors before they are rounded to a file's precision."""
     recipe = Recipe().override(list(overrides))
-    adapters.attach(base, recipe.lora, seeded())
-    train(prepared, base, recipe, seeded(1))
-    tensors = adapters.collect(base)
-    adapters.detach(base)
-    return tensors
+    with _adapted(base, recipe, seeded()):
+        train(prepared, base, recipe, seeded(1))
+        return _full_tensors(base) if recipe.fit.method == "full" else adapters.collect(base)
 
 
 def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -86,7 +84,9 @@ def test_the_adapter_says_what_made_it(base15: Base, photo_image: Image.Image) -
     assert (adapter.seed, adapter.resolution, adapter.recipe.fit.steps) == (4, 32, 3)
     assert len(adapter.rare_tokens.split()) == 2 and adapter.seconds > 0
     prepared = prepare(load_photo(photo_image, 32), Recipe(), base15)
-    assert adapter.photo_latents is not None and torch.equal(adapter.photo_latents, prepared.latent_mean)
+    assert adapter.photo_latents is not None and torch.equal(
+        adapter.photo_latents, prepared.latent_mean.half().float()
+    )
     assert (
         fit(photo_image, base=base15, recipe=Recipe(), overrides=QUICK, embed_photo=False).photo_latents
         is None
@@ -147,10 +147,10 @@ def test_full_fine_tuning_trains_every_weight_of_the_adapted_parts(
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_accumulation_equals_a_big_batch(base15: Base, photo_image: Image.Image, method: str) -> None:
+def test_accumulation_equals_a_big_batch(base15: Base, prepared: Prepared, method: str) -> None:
     common = ("fit.steps=3", "fit.optimizer=sgd", "fit.unet_learning_rate=0.1", f"fit.method={method}")
     small, big = (
-        fit(photo_image, base=base15, recipe=Recipe(), overrides=[*common, *sizes]).tensors
+        trained(base15, prepared, [*common, *sizes])
         for sizes in (
             ("fit.batch_size=2", "fit.gradient_accumulation=3"),
             ("fit.batch_size=6", "fit.gradient_accumulation=1"),

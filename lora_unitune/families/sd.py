@@ -60,7 +60,7 @@ class StableDiffusionBase:
         """Takes loaded components over: freezes them, fingerprints them, and moves them to the device.
 
         Args:
-            name: what the user called the base.
+            name: "pocket", a hub id, or a folder's name without its path.
             unet: the denoiser, float32.
             text_encoder: the prompt's encoder, float32.
             vae: pixels to latents and back, float32.
@@ -219,8 +219,10 @@ def load(name: str, location: str, device: torch.device, dtype: torch.dtype) -> 
             f"base '{name}': its tokenizer can't be loaded or isn't its own (it has {words} tokens and the "
             f"text encoder {rows}); copy the model again"
         )
+    # A folder's path tells about its owner, and the name travels in files that people share.
+    label = Path(name).resolve().name if Path(name).is_dir() else name
     with _quiet():
-        return StableDiffusionBase(name, **loaded, device=device, dtype=dtype)
+        return StableDiffusionBase(label, **loaded, device=device, dtype=dtype)
 
 
 def fingerprint(unet: Any, text_encoder: Any, vae: Any, scheduler: Any) -> str:

@@ -1,0 +1,86 @@
+"""Writes PROVENANCE.md beside pocket's weights: how they came about, from the logs of their training."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+FINDINGS = "## Findings\n"
+LICENCES = """## Licences
+
+- The weights: Apache License 2.0, as the project.
+- The objects of the scenes: Noto Color Emoji, SIL Open Font License 1.1 (`sprites.LICENSE.txt`).
+- Photos in the VAE's training, from scikit-image's wheel: astronaut and rocket (public domain), coffee (CC0).
+  The photo of the demo, Chelsea (CC0), is not among them.
+"""
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+
+
+def _stage_lines(work: Path, name: str) -> list[str]:
+    """A table of one stage: its first, some middle, and its last row of the log."""
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()
+    ]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    chosen = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})
+    table = [[str(rows[i].get(key, "")) for key in keys] for i in chosen]
+    return ["| " + " | ".join(cells) + " |" for cells in [keys, ["---"] * len(keys), *table]]
+
+
+def write_provenance(work: Path, folder: Path, scenes: int) -> None:
+    """Writes the file; what stands under "Findings" in an older one is kept.
+
+    Args:
+        work: folder of the training, with its logs.
+        folder: of the weights.
+        scenes: how many were drawn for training.
+    """
+    file = folder / "PROVENANCE.md"
+    findings = file.read_text().partition(FINDINGS)[2] if file.exists() else ""
+    versions = ", ".join(
+        f"{library.__name__} {library.__version__}" for library in (torch, diffusers, transformers)
+    )
+    lines = [
+        "# Where these weights come from",
+        "",
+        "Trained from nothing, by this project, on scenes it draws itself:",
+        "",
+        "    python -m lora_unitune.pocket.pretrain all WORK --vae-minutes V --unet-minutes U",
+        "    python -m lora_unitune.pocket.pretrain export WORK lora_unitune/pocket/weights",
+        "",
+        f"- exported at commit {_commit()}",
+        f"- {versions}; {platform.machine()}, {os.cpu_count()} cores, "
+        f"{'CUDA' if torch.cuda.is_available() else 'no GPU'}",
+        f"- {scenes} training scenes (seeds 0 to {scenes - 1}), 256 held-out ones for the scores below",
+        "",
+        "## VAE",
+        "",
+        "Minutes, and mean PSNR in dB of the round trip of held-out scenes (averaged weights):",
+        "",
+        *_stage_lines(work, "vae"),
+        "",
+        "## Text encoder and UNet",
+        "",
+        "Error of the predicted clean latent on held-out scenes; with the right caption, none, a wrong one:",
+        "",
+        *_stage_lines(work, "unet"),
+        "",
+        LICENCES,
+        FINDINGS.rstrip("\n"),
+    ]
+    file.write_text("\n".join(lines) + "\n" + (findings or "\nNone yet.\n"))
