@@ -92,11 +92,11 @@ def load_in_place(base: Base, tensors: Mapping[str, Tensor]) -> None:
         AdapterFileError: a tensor is missing, surplus or misshapen; nothing is copied then.
     """
     weights = _weights(base)
-    for key in weights.keys() - tensors.keys():
+    for key in sorted(weights.keys() - tensors.keys()):
         raise AdapterFileError(
             f"the adapter lacks the tensor '{key}' its recipe asks for; fit the photo again"
         )
-    for key in tensors.keys() - weights.keys():
+    for key in sorted(tensors.keys() - weights.keys()):
         raise AdapterFileError(
             f"the adapter's tensor '{key}' has no place in the base; use the base it was made for"
         )

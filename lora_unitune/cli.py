@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_unitune import UnituneError, __version__
+from lora_unitune import BaseModelError, UnituneError, __version__
 
 if TYPE_CHECKING:
-    from lora_unitune import Edit
+    from lora_unitune import Adapter, Edit
 
 
 class _Commands(click.Group):
@@ -191,7 +191,9 @@ def fit_command(
 @click.option("--unconditional", type=click.Choice(["adapter", "base"]), help="Weights for the empty prompt.")
 @click.option("--photo", metavar="PHOTO", help="The photo to start from, when the file doesn't hold it.")
 @click.option(
-    "--base", metavar="NAME|FOLDER|HUB_ID", help="The base model; the one the file names by default."
+    "--base",
+    metavar="NAME|FOLDER|HUB_ID",
+    help="The base model the file was fitted on; needed unless that is pocket.",
 )
 @_seed
 @_device
@@ -233,7 +235,7 @@ def edit_command(
         from lora_unitune import Adapter, Editor
 
         adapter = Adapter.load(adapter_file)
-        editor = Editor(base or adapter.base, device=device)
+        editor = Editor(_base_for(adapter, base), device=device)
         edits = []
         for done, each_seed in enumerate(seeds):
             tell("editing", done, count)
@@ -321,6 +323,15 @@ def demo_command(
         )
     click.echo(
         json.dumps(summary) if as_json else f"{summary['contact_sheet']}: done in {summary['seconds']:.0f} s"
+    )
+
+
+def _base_for(adapter: Adapter, given: str | None) -> str:
+    """Returns the base to edit with. A stranger's file may name any model: it is never downloaded unasked."""
+    if given or adapter.base == "pocket":
+        return given or adapter.base
+    raise BaseModelError(
+        f"the adapter was fitted on base {adapter.base!r}; say where it is with --base FOLDER or HUB_ID"
     )
 
 

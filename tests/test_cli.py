@@ -66,6 +66,12 @@ def adapter_file(fitted: tuple[Path, Result], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def edit(adapter_file: Path, tiny_sd15: Path) -> list[str | Path]:
+    """The beginning of a command that edits the fitted photo."""
+    return ["edit", "--base", tiny_sd15, adapter_file]
+
+
+@pytest.fixture
 def photo(fitted: tuple[Path, Result], tmp_path: Path) -> Path:
     """A copy of the photo."""
     return Path(shutil.copy(fitted[0].with_name("photo.png"), tmp_path / "photo.png"))
@@ -83,7 +89,8 @@ def test_fit_edit_inspect(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
     file = tmp_path / "a.safetensors"
     result = run("fit", photo, "-o", file, "--base", tiny_sd15, *QUICK, "--seed", "3")
     assert result.exit_code == 0 and "a.safetensors" in result.stdout
-    result = run("edit", file, "a fox at night", "-o", tmp_path / "out.png", "--steps", "2")
+    edit = ("edit", "--base", tiny_sd15, file, "a fox at night")
+    result = run(*edit, "-o", tmp_path / "out.png", "--steps", "2")
     assert result.exit_code == 0 and "out.png" in result.stdout
     assert Image.open(tmp_path / "out.png").size == (32, 32)
     result = run("inspect", file)
@@ -94,11 +101,9 @@ def test_fit_edit_inspect(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
     assert told["seed"] == 3 and told["recipe"]["fit"]["steps"] == 2
 
 
-def test_every_png_carries_its_settings_and_repeats(tmp_path: Path, adapter_file: Path) -> None:
+def test_every_png_carries_its_settings_and_repeats(tmp_path: Path, edit: list[str | Path]) -> None:
     dials = ["--guidance", "3", "--strength", "0.8", "--adapter-scale", "0.5", "--steps", "4"]
-    result = run(
-        "edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "-n", "3", "--seed", "5", *dials, "--json"
-    )
+    result = run(*edit, "a fox", "-o", tmp_path / "out.png", "-n", "3", "--seed", "5", *dials, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert [Path(image["file"]).name for image in told["images"]] == ["out-5.png", "out-6.png", "out-7.png"]
@@ -107,16 +112,14 @@ def test_every_png_carries_its_settings_and_repeats(tmp_path: Path, adapter_file
         assert settings == image["settings"]
         assert (settings["seed"], settings["guidance"], settings["strength"]) == (seed, 3.0, 0.8)
         assert (settings["adapter_scale"], settings["steps"]) == (0.5, 4)
-    assert (
-        run("edit", adapter_file, "a fox", "-o", tmp_path / "one.png", "--seed", "6", *dials).exit_code == 0
-    )
+    assert run(*edit, "a fox", "-o", tmp_path / "one.png", "--seed", "6", *dials).exit_code == 0
     assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "out-6.png").tobytes()
 
 
 def test_a_file_without_its_photo_takes_one_along(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
     file = tmp_path / "bare.safetensors"
     assert run("fit", photo, "-o", file, "--base", tiny_sd15, *QUICK, "--no-embed-photo").exit_code == 0
-    edit = ("edit", file, "a fox", "-o", tmp_path / "out.png", "--strength", "0.8")
+    edit = ("edit", "--base", tiny_sd15, file, "a fox", "-o", tmp_path / "out.png", "--strength", "0.8")
     assert "--photo" in refused(*edit, folder=tmp_path)
     assert run(*edit, "--photo", photo).exit_code == 0
 
@@ -125,7 +128,7 @@ def test_all_weights_can_be_fitted_for_comparison(tmp_path: Path, tiny_sd15: Pat
     file = tmp_path / "full.safetensors"
     assert run("fit", photo, "-o", file, "--base", tiny_sd15, *QUICK, "--method", "full").exit_code == 0
     assert json.loads(run("inspect", file, "--json").stdout)["method"] == "full"
-    assert run("edit", file, "a fox", "-o", tmp_path / "out.png").exit_code == 0
+    assert run("edit", "--base", tiny_sd15, file, "a fox", "-o", tmp_path / "out.png").exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["fit", "edit", "inspect", "demo"])
@@ -273,13 +276,13 @@ def test_a_hub_id_without_a_network_is_one_line(tmp_path: Path, photo: Path) -> 
 
 
 def test_outputs_that_cannot_be_written(
-    tmp_path: Path, tiny_sd15: Path, photo: Path, adapter_file: Path
+    tmp_path: Path, tiny_sd15: Path, edit: list[str | Path], photo: Path, adapter_file: Path
 ) -> None:
     fit = ("fit", photo, "--base", tiny_sd15, *QUICK)
     assert "--overwrite" in refused(*fit, "-o", adapter_file, folder=tmp_path)
     assert "there is no folder" in refused(*fit, "-o", tmp_path / "none" / "a.safetensors", folder=tmp_path)
     assert "isn't a file" in refused(*fit, "-o", tmp_path, folder=tmp_path)
-    edit = ("edit", adapter_file, "a fox")
+    edit = (*edit, "a fox")
     (tmp_path / "out-1.png").write_bytes(b"mine")
     assert "--overwrite" in refused(*edit, "-o", tmp_path / "out.png", "-n", "2", folder=tmp_path)
     assert "end in .png" in refused(*edit, "-o", tmp_path / "out.jpg", folder=tmp_path)
@@ -305,13 +308,18 @@ def room_for(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_disk_space(tmp_path: Path, tiny_sd15: Path, photo: Path, adapter_file: Path) -> None:
+def test_no_disk_space(
+    tmp_path: Path,
+    tiny_sd15: Path,
+    edit: list[str | Path],
+    photo: Path,
+) -> None:
     with room_for(1000):
         given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK)
         assert "can't be written" in refused(*given, folder=tmp_path)
-        given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png")
+        given = (*edit, "a fox", "-o", tmp_path / "out.png")
         assert "can't be written" in refused(*given, folder=tmp_path)
-        given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "-n", "2")
+        given = (*edit, "a fox", "-o", tmp_path / "out.png", "-n", "2")
         assert "can't be written" in refused(*given, folder=tmp_path)
 
 
@@ -373,10 +381,14 @@ def from_the_future(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) 
     ],
 )
 def test_bad_adapter_files(
-    tmp_path: Path, adapter_file: Path, change: Callable[[dict, dict], None], message: str
+    tmp_path: Path,
+    adapter_file: Path,
+    change: Callable[[dict, dict], None],
+    message: str,
+    edit: list[str | Path],
 ) -> None:
     rewrite(adapter_file, change)
-    assert message in refused("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", folder=tmp_path)
+    assert message in refused(*edit, "a fox", "-o", tmp_path / "out.png", folder=tmp_path)
 
 
 def test_files_that_are_no_adapter(tmp_path: Path, adapter_file: Path) -> None:
@@ -402,6 +414,11 @@ def test_files_that_are_no_adapter(tmp_path: Path, adapter_file: Path) -> None:
         )
 
 
+def test_a_base_that_only_the_file_names_is_not_loaded(tmp_path: Path, adapter_file: Path) -> None:
+    line = refused("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", folder=tmp_path)
+    assert "--base" in line
+
+
 def test_an_adapter_made_for_another_base(tmp_path: Path, adapter_file: Path, tiny_sd21: Path) -> None:
     given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "--base", tiny_sd21)
     assert "was made for base" in refused(*given, folder=tmp_path)
@@ -424,18 +441,18 @@ def test_an_adapter_made_for_another_base(tmp_path: Path, adapter_file: Path, ti
         (["--photo", "none.png"], "doesn't exist"),
     ],
 )
-def test_impossible_dials(tmp_path: Path, adapter_file: Path, arguments: list[str], message: str) -> None:
-    given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", *arguments)
+def test_impossible_dials(tmp_path: Path, arguments: list[str], message: str, edit: list[str | Path]) -> None:
+    given = (*edit, "a fox", "-o", tmp_path / "out.png", *arguments)
     assert message in refused(*given, folder=tmp_path)
 
 
-def test_an_empty_prompt(tmp_path: Path, adapter_file: Path) -> None:
+def test_an_empty_prompt(tmp_path: Path, edit: list[str | Path]) -> None:
     for prompt in ("", "  "):
-        assert "empty" in refused("edit", adapter_file, prompt, "-o", tmp_path / "out.png", folder=tmp_path)
+        assert "empty" in refused(*edit, prompt, "-o", tmp_path / "out.png", folder=tmp_path)
 
 
-def test_a_prompt_that_is_too_long_says_what_was_cut(tmp_path: Path, adapter_file: Path) -> None:
-    result = run("edit", adapter_file, "a red fox " * 20 + "boat", "-o", tmp_path / "out.png")
+def test_a_prompt_that_is_too_long_says_what_was_cut(tmp_path: Path, edit: list[str | Path]) -> None:
+    result = run(*edit, "a red fox " * 20 + "boat", "-o", tmp_path / "out.png")
     assert result.exit_code == 0
     assert "note: " in result.stderr and "boat" in result.stderr
 
