@@ -113,7 +113,7 @@ def run_demo(
         contact_sheet(rows).save(unfinished / "contact-sheet.png")
         summary = {
             "lora_unitune": lora_unitune.__version__,
-            "base": base,
+            "base": editor.base.name,
             "device": str(editor.base.device),
             "seed": seed,
             "seconds": round(time.perf_counter() - started, 2),

@@ -12,12 +12,13 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image, PngImagePlugin
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_unitune import __version__, adapters
 from lora_unitune.adapter_file import METADATA_KEY, Adapter, check_fits
 from lora_unitune.errors import AdapterFileError, OutputError, PromptError, RecipeError, SettingError
 from lora_unitune.families import Base, load_base
+from lora_unitune.mount import Mount
 from lora_unitune.output import write_atomically
 from lora_unitune.photo import load_photo, photo_to_tensor
 from lora_unitune.recipe import EditSettings
@@ -101,9 +102,7 @@ class Editor:
             DeviceError: the device isn't there.
         """
         self.base: Base = load_base(base, device) if isinstance(base, str) else base
-        self._loaded: Adapter | None = None
-        self._full_scale = 1.0
-        self._originals: dict[str, Tensor] = {}
+        self._mount = Mount(self.base)
 
     def edit(
         self,
@@ -236,13 +235,7 @@ class Editor:
 
     def release(self) -> None:
         """Gives the base back as it was before the first edit, to the bit."""
-        adapters.detach(self.base)
-        with torch.no_grad():
-            for key, weight in self._weights().items():
-                if key in self._originals:
-                    weight.copy_(self._originals[key])
-        self._originals = {}
-        self._loaded = None
+        self._mount.release()
 
     @torch.no_grad()
     def pixels(
@@ -267,7 +260,7 @@ class Editor:
         Returns:
             (1, 3, height, width) float32 in [0, 1].
         """
-        self._use(adapter, settings)
+        self._mount.use(adapter, settings.adapter_scale)
         conditional, _ = self._embed(text)
         unconditional, _ = self._embed(negative_prompt)
         if settings.unconditional == "base":
@@ -380,60 +373,6 @@ class Editor:
         """Returns a text's embeddings (1, L, width), and what didn't fit."""
         ids, cut = self.base.tokenize(text)
         return self.base.embed(ids), cut
-
-    def _use(self, adapter: Adapter | None, settings: EditSettings) -> None:
-        """Puts an adapter on the base, in place where the one before has the same layout."""
-        if adapter is None:
-            self.release()
-        elif adapter.recipe.fit.method == "full":
-            self._use_full(adapter, settings.adapter_scale)
-        else:
-            self._use_lora(adapter)
-            adapters.set_scale(self.base, settings.adapter_scale)
-
-    def _use_lora(self, adapter: Adapter) -> None:
-        attached = adapters.is_attached(self.base)
-        if attached and adapter is self._loaded:
-            return
-        before = self._loaded
-        self._loaded = None
-        try:
-            if not attached or before is None or before.recipe.lora != adapter.recipe.lora:
-                self.release()
-                adapters.attach(self.base, adapter.recipe.lora)
-            adapters.load_in_place(self.base, adapter.tensors)
-        except RecipeError as error:
-            raise AdapterFileError(f"the adapter's recipe doesn't suit the base: {error}") from error
-        self._loaded = adapter
-
-    def _use_full(self, adapter: Adapter, scale: float) -> None:
-        """Swaps whole weights in; a scale between moves them that part of the way from the base's."""
-        if adapter is self._loaded and scale == self._full_scale:
-            return
-        self.release()
-        weights = self._weights()
-        trained = {key.partition(".")[0] for key in adapter.tensors}
-        expected = {key: weight.shape for key, weight in weights.items() if key.partition(".")[0] in trained}
-        found = {key: tensor.shape for key, tensor in adapter.tensors.items()}
-        if expected != found:
-            wrong = sorted(key for key in {**expected, **found} if expected.get(key) != found.get(key))
-            raise AdapterFileError(
-                f"the adapter's tensor {wrong[0]!r} is missing, surplus or misshapen; fit the photo again"
-            )
-        self._originals = {key: weights[key].detach().to("cpu", copy=True) for key in found}
-        with torch.no_grad():
-            for key, tensor in adapter.tensors.items():
-                original = self._originals[key]
-                weights[key].copy_(tensor if scale == 1 else original.float().lerp(tensor, scale))
-        self._loaded, self._full_scale = adapter, scale
-
-    def _weights(self) -> dict[str, nn.Parameter]:
-        """Returns the base's parameters by "<part>.<name>"."""
-        return {
-            f"{part}.{name}": weight
-            for part, module in self.base.parts.items()
-            for name, weight in module.named_parameters()
-        }
 
 
 def _checked_seed(seed: Any) -> None:

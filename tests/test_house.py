@@ -26,7 +26,7 @@ STOREYS = (
         "pocket",
     }
     | {"rare_tokens"},
-    {"edit", "prepare", "sampling", "train"},
+    {"edit", "mount", "prepare", "sampling", "train"},
     {"demo"},
     {"cli"},
 )

@@ -205,7 +205,7 @@ def teach_words(
             [F.cross_entropy(a, b) for a, b in zip(logits, labels[chosen].to(device).T, strict=False)]
         ).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return loss.item()
 

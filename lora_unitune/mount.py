@@ -1,0 +1,93 @@
+"""Puts one adapter after another on a base, in place where it can, and gives the base back to the bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_unitune import adapters
+from lora_unitune.adapter_file import Adapter
+from lora_unitune.errors import AdapterFileError, RecipeError
+from lora_unitune.families import Base
+
+
+class Mount:
+    """A base and the adapter that is on it now."""
+
+    def __init__(self, base: Base) -> None:
+        """Takes a base without adapters."""
+        self.base = base
+        self._loaded: Adapter | None = None
+        self._full_scale = 1.0
+        self._originals: dict[str, Tensor] = {}
+
+    def use(self, adapter: Adapter | None, scale: float) -> None:
+        """Puts an adapter on the base; None leaves the plain base.
+
+        Args:
+            adapter: made for this base.
+            scale: of its effect; a full one moves the weights that part of the way from the base's.
+
+        Raises:
+            AdapterFileError: its tensors don't suit the base.
+        """
+        if adapter is None:
+            self.release()
+        elif adapter.recipe.fit.method == "full":
+            self._use_full(adapter, scale)
+        else:
+            self._use_lora(adapter)
+            adapters.set_scale(self.base, scale)
+
+    def release(self) -> None:
+        """Gives the base back as it was before the first adapter, to the bit."""
+        adapters.detach(self.base)
+        with torch.no_grad():
+            for key, weight in self._weights().items():
+                if key in self._originals:
+                    weight.copy_(self._originals[key])
+        self._originals = {}
+        self._loaded = None
+
+    def _use_lora(self, adapter: Adapter) -> None:
+        attached = adapters.is_attached(self.base)
+        if attached and adapter is self._loaded:
+            return
+        before = self._loaded
+        self._loaded = None
+        try:
+            if not attached or before is None or before.recipe.lora != adapter.recipe.lora:
+                self.release()
+                adapters.attach(self.base, adapter.recipe.lora)
+            adapters.load_in_place(self.base, adapter.tensors)
+        except RecipeError as error:
+            raise AdapterFileError(f"the adapter's recipe doesn't suit the base: {error}") from error
+        self._loaded = adapter
+
+    def _use_full(self, adapter: Adapter, scale: float) -> None:
+        if adapter is self._loaded and scale == self._full_scale:
+            return
+        self.release()
+        weights = self._weights()
+        trained = {key.partition(".")[0] for key in adapter.tensors}
+        expected = {key: weight.shape for key, weight in weights.items() if key.partition(".")[0] in trained}
+        found = {key: tensor.shape for key, tensor in adapter.tensors.items()}
+        if expected != found:
+            wrong = sorted(key for key in {**expected, **found} if expected.get(key) != found.get(key))
+            raise AdapterFileError(
+                f"the adapter's tensor {wrong[0]!r} is missing, surplus or misshapen; fit the photo again"
+            )
+        self._originals = {key: weights[key].detach().to("cpu", copy=True) for key in found}
+        with torch.no_grad():
+            for key, tensor in adapter.tensors.items():
+                original = self._originals[key]
+                weights[key].copy_(tensor if scale == 1 else original.float().lerp(tensor, scale))
+        self._loaded, self._full_scale = adapter, scale
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """Returns the base's parameters by "<part>.<name>"."""
+        return {
+            f"{part}.{name}": weight
+            for part, module in self.base.parts.items()
+            for name, weight in module.named_parameters()
+        }
