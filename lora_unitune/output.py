@@ -55,8 +55,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], None], overwrite:
     check_output(path, overwrite)
     temporary = path.parent / f".{secrets.token_hex(8)}.part"
     try:
-        temporary.touch()  # with the permissions a new file gets
+        temporary.touch()
+        permissions = (
+            temporary.stat().st_mode
+        )  # those a new file gets; safetensors replaces it by a private one
         write(temporary)
+        temporary.chmod(permissions)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
