@@ -1,0 +1,109 @@
+"""How well a fit redraws its photo: scenes never trained on, from pure noise and the rare tokens alone.
+
+    python -m benchmarks.reconstruction --scenes 20 -o benchmarks/results/reconstruction.json
+
+Each scene is fitted with its number as seed. PSNR is between the sample and the photo's VAE round trip, which
+is the best that the base can draw; "before" is the same sample without the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import diffusers
+import numpy as np
+import peft
+import torch
+from PIL import Image
+
+from lora_unitune import Editor, __version__, fit
+from lora_unitune.output import write_atomically
+from lora_unitune.pocket.world import draw_scene, render
+from lora_unitune.recipe import default_recipe
+
+
+def psnr(first: Image.Image, second: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two 8-bit pictures, in dB."""
+    a, b = (np.asarray(image, dtype=np.float64) for image in (first, second))
+    return float(10 * np.log10(255**2 / max(np.mean((a - b) ** 2), 1e-10)))
+
+
+def measure(editor: Editor, number: int, overrides: tuple[str, ...], folder: Path) -> dict[str, float]:
+    """Fits one held-out scene and redraws it; the editor's base is left as it was."""
+    photo = render(draw_scene(number, "held-out"))
+    recipe = default_recipe(editor.base.name, editor.base.family).override(overrides)
+    editor.release()
+    started = time.perf_counter()
+    adapter = fit(photo, base=editor.base, recipe=recipe, seed=number)
+    seconds = time.perf_counter() - started
+    file = folder / f"{number}.safetensors"
+    adapter.save(file)
+    best = editor.photo_round_trip(adapter)
+    return {
+        "scene": number,
+        "fit_seconds": round(seconds, 2),
+        "bytes": file.stat().st_size,
+        "psnr_vae": psnr(photo, best),
+        "psnr_before": psnr(editor.reconstruct(adapter, seed=number, adapter_scale=0.0).image, best),
+        "psnr_after": psnr(editor.reconstruct(adapter, seed=number).image, best),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    found = {
+        "mean": np.mean(values),
+        "deviation": np.std(values, ddof=1),
+        "least": min(values),
+        "most": max(values),
+    }
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
+def _origin(overrides: tuple[str, ...], device: torch.device) -> dict[str, Any]:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    versions = {"lora_unitune": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "versions": {**versions, "peft": peft.__version__, "python": platform.python_version()},
+        "device": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "overrides": list(overrides),
+    }
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--scenes", default=20, show_default=True, type=click.IntRange(2), help="Held-out scenes to fit."
+)
+@click.option("--first", default=0, show_default=True, help="Number of the first one.")
+@click.option("--base", default="pocket", show_default=True)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe."
+)
+@click.option("-o", "--output", metavar="FILE", help="Write the result as JSON too.")
+def main(scenes: int, first: int, base: str, overrides: tuple[str, ...], output: str | None) -> None:
+    editor = Editor(base)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(first, first + scenes):
+            rows.append(measure(editor, number, overrides, Path(folder)))
+            click.echo(json.dumps({k: round(v, 2) for k, v in rows[-1].items()}), err=True)
+    summary = {name: _spread([row[name] for row in rows]) for name in rows[0] if name != "scene"}
+    for name, values in summary.items():
+        click.echo(f"{name:<14}" + "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
+    if output:
+        text = json.dumps(
+            {**_origin(overrides, editor.base.device), "summary": summary, "scenes": rows}, indent=1
+        )
+        write_atomically(output, lambda file: file.write_text(text + "\n"), overwrite=True)
+
+
+if __name__ == "__main__":
+    main()
