@@ -56,7 +56,11 @@ def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path)
         ".safetensors",
         ".txt",
         ".md",
+        ".jsonl",
     }
+    further = ["all", str(tmp_path / "work"), "--scenes", "64", "--unet-minutes", "0.01"]
+    result = CliRunner().invoke(main, [*further, "--start", str(tmp_path / "base")], catch_exceptions=False)
+    assert result.exit_code == 0
     pipeline = StableDiffusionPipeline.from_pretrained(
         tmp_path / "base", torch_dtype=torch.float32, use_safetensors=True
     )

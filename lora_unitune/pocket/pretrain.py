@@ -9,7 +9,7 @@ Each stage's learning rate follows the share of its minutes that is used up. `ex
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -20,8 +20,9 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from ..objective import add_noise, stratified_timesteps, training_target
 from . import world
@@ -34,28 +35,13 @@ from .assembly import (
     rare_words,
     save_pipeline,
 )
-from .provenance import write_provenance
+from .pictures import crops, photos_of_skimage, scenes, to_pixels
+from .provenance import copy_logs, write_provenance
 from .stage import Average, Stage
 
+READ = {"torch_dtype": torch.float32, "use_safetensors": True}
 HELD_OUT = 256  # scenes for the losses in the log
-PHOTOS = ("astronaut", "coffee", "rocket")  # for the VAE only; the photo of the demo is not among them
-PHOTO_SIDES = (72, 96, 128, 180, 256)  # pixels
 CAPTION_FIELDS = ("object", "place", "time", "look", "colour", "side", "scale", "companion")
-
-
-def _draw(job: tuple[int, str]) -> np.ndarray:
-    return np.asarray(world.render(world.draw_scene(*job)))
-
-
-def scenes(work: Path, split: str, count: int) -> np.ndarray:
-    """(count, 64, 64, 3) uint8, scene number i being drawn from seed i; kept on disk."""
-    file = work / f"scenes-{split}-{count}.npy"
-    if not file.exists():
-        with multiprocessing.Pool() as pool:
-            pictures = list(pool.imap(_draw, [(seed, split) for seed in range(count)], chunksize=256))
-        np.save(file, np.stack(pictures))
-    stored: np.ndarray = np.load(file, mmap_mode="r")
-    return stored
 
 
 def _half(device: str) -> torch.autocast:
@@ -64,62 +50,22 @@ def _half(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=fast)
 
 
-def _pixels(pictures: np.ndarray, device: str) -> Tensor:
-    """(n, h, w, 3) uint8 -> (n, 3, h, w) float32 in [-1, 1]."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    )
-
-
-def _photo_crop(photos: list[np.ndarray], rng: random.Random, side: int) -> np.ndarray:
-    photo = rng.choice(photos)
-    y, x = (rng.randrange(length - side + 1) for length in photo.shape[:2])
-    crop = photo[y : y + side, x : x + side]
-    return crop[..., rng.sample(range(3), 3)] if rng.random() < 0.5 else crop
-
-
-def _crops(pictures: np.ndarray, photos: list[np.ndarray], batch: int, rng: random.Random) -> np.ndarray:
-    """A batch of 32 × 32 crops: a quarter from photos, most others around a scene's object."""
-    out = [_photo_crop(photos, rng, 32) for _ in range(batch // 4)]
-    while len(out) < batch:
-        number, x, y = rng.randrange(len(pictures)), rng.randrange(33), rng.randrange(33)
-        if rng.random() < 0.65:
-            scene = world.draw_scene(number)
-            x = min(max(round(64 * scene.x) - 16 + rng.randint(-12, 12), 0), 32)
-            y = min(max(round(64 * (0.88 - scene.size / 2)) - 16 + rng.randint(-12, 12), 0), 32)
-        out.append(pictures[number, y : y + 32, x : x + 32])
-    return np.stack(out)
-
-
 @torch.no_grad()
 def round_trip_psnr(vae: Any, pictures: np.ndarray, device: str) -> float:
     """Mean PSNR in dB of decode(encode(picture)) over the pictures."""
     values = []
     for start in range(0, len(pictures), 32):
-        true = _pixels(pictures[start : start + 32], device)
+        true = to_pixels(pictures[start : start + 32], device)
         again = vae.decode(vae.encode(true).latent_dist.mode()).sample.clamp(-1, 1)
         values += (-10.0 * ((again - true) / 2).square().mean((1, 2, 3)).log10()).tolist()
     return float(np.mean(values))
-
-
-def _skimage_photos() -> list[np.ndarray]:
-    """The photos at several sizes, each (h, w, 3) uint8."""
-    from skimage import data
-
-    whole = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS]
-    sized = [
-        ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
-        for image in whole
-        for side in PHOTO_SIDES
-    ]
-    return [np.asarray(image) for image in sized]
 
 
 def train_vae(work: Path, count: int, minutes: float, device: str) -> None:
     """The autoencoder: absolute and squared error, and a light pull of the latents to a unit Gaussian."""
     torch.manual_seed(0)
     train, held_out = scenes(work, "train", count), scenes(work, "held-out", HELD_OUT)
-    photos, rng = _skimage_photos(), random.Random(0)
+    photos, rng = photos_of_skimage(), random.Random(0)
     vae = build_vae().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = Average({"vae": vae}, 0.999)
@@ -130,7 +76,7 @@ def train_vae(work: Path, count: int, minutes: float, device: str) -> None:
     stage.resume(things)
     losses: list[float] = []
     while stage.tick(optimizer, 16):
-        true = _pixels(_crops(train, photos, 16, rng), device)
+        true = to_pixels(crops(train, photos, 16, rng), device)
         with _half(device):
             posterior = vae.encode(true).latent_dist
             again = vae.decode(posterior.sample()).sample
@@ -155,6 +101,14 @@ def train_vae(work: Path, count: int, minutes: float, device: str) -> None:
     stage.save(things)
 
 
+def adopt(work: Path, folder: Path) -> None:
+    """Takes over the finished VAE and the logs of earlier weights."""
+    if not (work / "vae.pt").exists():
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **READ)
+        torch.save({"average": {"kept": {"vae": vae.state_dict()}}}, work / "vae.pt")
+        copy_logs(folder, work)
+
+
 def load_vae(work: Path) -> Any:
     vae = build_vae().eval().requires_grad_(False)
     vae.load_state_dict(
@@ -171,7 +125,7 @@ def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tens
         vae, pictures = load_vae(work).to(device), scenes(work, split, count)
         pairs = []
         for start in range(0, count, 64):
-            posterior = vae.encode(_pixels(pictures[start : start + 64], device)).latent_dist
+            posterior = vae.encode(to_pixels(pictures[start : start + 64], device)).latent_dist
             pairs.append(torch.stack([posterior.mean, posterior.std]).half().cpu())
         mean, std = torch.cat(pairs, dim=1)
         torch.save({"mean": mean.clone(), "std": std.clone(), "scale": 1.0 / mean.float().std().item()}, file)
@@ -238,6 +192,20 @@ def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return (6.0 * (1.0 - alphas_cumprod[timesteps])).clamp(max=1.0)
 
 
+def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
+    """Weights of the loss over each latent, (n, 1, side, side), mean 1: four times as much around the object.
+
+    The best prediction stays the same wherever the weights are; they only say what to learn first.
+    """
+    weights = torch.ones(len(drawn), 1, side, side)
+    for weight, scene in zip(weights, drawn, strict=True):
+        bottom = 0.8 if scene.object == "balloon" else 0.93
+        left, right = side * (scene.x - scene.size / 2), side * (scene.x + scene.size / 2)
+        top = side * max(0.0, bottom - 0.08 - scene.size)
+        weight[:, int(top) : math.ceil(side * bottom), max(0, int(left)) : math.ceil(right)] = 4.0
+    return weights / weights.mean((1, 2, 3), keepdim=True)
+
+
 @torch.no_grad()
 def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -> dict[str, float]:
     """Error of the predicted clean latent with the right caption, none, and a wrong one."""
@@ -261,7 +229,9 @@ def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -
     return errors
 
 
-def train_unet(work: Path, count: int, minutes: float, device: str, batch: int, peak: float) -> None:
+def train_unet(
+    work: Path, count: int, minutes: float, device: str, batch: int, peak: float, start: Path | None
+) -> None:
     """UNet and text encoder together, on latents drawn from the VAE's posteriors."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -271,14 +241,17 @@ def train_unet(work: Path, count: int, minutes: float, device: str, batch: int, 
     unet = build_unet().to(device, memory_format=torch.channels_last).train()
     stage = Stage(work, "unet", minutes, peak, 0.35)
     drawn = [world.draw_scene(seed) for seed in range(count)]
-    if not stage.file.exists():
+    if start and not stage.file.exists():
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet", **READ).state_dict())
+        encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
+    elif not stage.file.exists():
         stage.log(words_loss=teach_words(encoder, tokenizer, drawn, stage.budget / 67, device))
     parameters = [*unet.parameters(), *encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     average = Average({"unet": unet, "text_encoder": encoder}, 0.9995)
     things = {"unet": unet, "text_encoder": encoder, "optimizer": optimizer, "average": average}
     stage.resume(things)
-    alphas = build_scheduler().alphas_cumprod.to(device)
+    alphas, around = build_scheduler().alphas_cumprod.to(device), object_weights(drawn, mean.shape[-1])
     generator, losses = torch.Generator().manual_seed(stage.step), list[float]()
     batches = caption_batches(drawn, rare_words(), batch, stage.step)
     while stage.tick(optimizer, batch):
@@ -291,8 +264,8 @@ def train_unet(work: Path, count: int, minutes: float, device: str, batch: int, 
             embedded = encoder(tokens(tokenizer, texts).to(device)).last_hidden_state
             v = unet(noisy.to(memory_format=torch.channels_last), steps, embedded).sample
         target = training_target(clean, noise[1].to(device), steps, alphas, "v_prediction")
-        weight = weights_of_timesteps(steps, alphas)
-        loss = ((v.float() - target).square().mean((1, 2, 3)) * weight).mean()
+        error = ((v.float() - target).square() * around[chosen].to(device)).mean((1, 2, 3))
+        loss = (error * weights_of_timesteps(steps, alphas)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -316,7 +289,8 @@ def export(work: Path, folder: Path, count: int) -> None:
     encoder.load_state_dict(state["text_encoder"])
     vae.register_to_config(scaling_factor=encode_scenes(work, "train", count, "cpu")[2])
     save_pipeline({"vae": vae, "unet": unet, "text_encoder": encoder, "tokenizer": tokenizer}, folder)
-    write_provenance(work, folder, count)
+    copy_logs(work, folder)
+    write_provenance(folder, count)
 
 
 @click.group(help=__doc__)
@@ -332,6 +306,11 @@ def main() -> None:
 @click.option("--batch", default=16, show_default=True, help="Pictures a step of the UNet.")
 @click.option("--peak", default=7e-4, show_default=True, help="Highest learning rate of the UNet.")
 @click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True),
+    help="Folder of earlier weights: their VAE stays, UNet and text encoder learn on.",
+)
 def run_all(
     work: Path,
     count: int,
@@ -340,12 +319,16 @@ def run_all(
     batch: int,
     peak: float,
     device: str,
+    start: Path | None,
 ) -> None:
     """Draws the scenes and runs every stage, going on where it stopped."""
     work.mkdir(parents=True, exist_ok=True)
     scenes(work, "train", count)
-    train_vae(work, count, vae_minutes, device)
-    train_unet(work, count, unet_minutes, device, batch, peak)
+    if start:
+        adopt(work, start)
+    else:
+        train_vae(work, count, vae_minutes, device)
+    train_unet(work, count, unet_minutes, device, batch, peak, start)
 
 
 @main.command("export")

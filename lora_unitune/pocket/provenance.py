@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import diffusers
 import torch
 import transformers
 
+LOGS = ("vae.jsonl", "unet.jsonl")
 FINDINGS = "## Findings\n"
 LICENCES = """## Licences
 
@@ -31,10 +33,16 @@ def _commit() -> str:
         return "unknown (not a git checkout)"
 
 
-def _stage_lines(work: Path, name: str) -> list[str]:
+def copy_logs(source: Path, target: Path) -> None:
+    """Copies the logs of a training along with its weights."""
+    for name in LOGS:
+        shutil.copy(source / name, target / name)
+
+
+def _stage_lines(folder: Path, name: str) -> list[str]:
     """A table of one stage: its first, some middle, and its last row of the log."""
     rows: list[dict[str, Any]] = [
-        json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()
+        json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()
     ]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     chosen = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})
@@ -42,12 +50,11 @@ def _stage_lines(work: Path, name: str) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in [keys, ["---"] * len(keys), *table]]
 
 
-def write_provenance(work: Path, folder: Path, scenes: int) -> None:
+def write_provenance(folder: Path, scenes: int) -> None:
     """Writes the file; what stands under "Findings" in an older one is kept.
 
     Args:
-        work: folder of the training, with its logs.
-        folder: of the weights.
+        folder: of the weights, with the logs of their training.
         scenes: how many were drawn for training.
     """
     file = folder / "PROVENANCE.md"
@@ -63,6 +70,10 @@ def write_provenance(work: Path, folder: Path, scenes: int) -> None:
         "    python -m lora_unitune.pocket.pretrain all WORK --vae-minutes V --unet-minutes U",
         "    python -m lora_unitune.pocket.pretrain export WORK lora_unitune/pocket/weights",
         "",
+        "and to train them further:",
+        "",
+        "    python -m lora_unitune.pocket.pretrain all WORK --unet-minutes U --start FOLDER",
+        "",
         f"- exported at commit {_commit()}",
         f"- {versions}; {platform.machine()}, {os.cpu_count()} cores, "
         f"{'CUDA' if torch.cuda.is_available() else 'no GPU'}",
@@ -70,15 +81,16 @@ def write_provenance(work: Path, folder: Path, scenes: int) -> None:
         "",
         "## VAE",
         "",
-        "Minutes, and mean PSNR in dB of the round trip of held-out scenes (averaged weights):",
+        "From `vae.jsonl`, with the mean PSNR in dB of the round trip of held-out scenes:",
         "",
-        *_stage_lines(work, "vae"),
+        *_stage_lines(folder, "vae"),
         "",
         "## Text encoder and UNet",
         "",
-        "Error of the predicted clean latent on held-out scenes; with the right caption, none, a wrong one:",
+        "From `unet.jsonl`, with the error of the predicted clean latent on held-out scenes, given the right",
+        "caption, none, or a wrong one:",
         "",
-        *_stage_lines(work, "unet"),
+        *_stage_lines(folder, "unet"),
         "",
         LICENCES,
         FINDINGS.rstrip("\n"),
