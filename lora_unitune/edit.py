@@ -173,7 +173,7 @@ class Editor:
         return [self.edit(adapter, prompt, seed=seed + index, **settings) for index in range(count)]
 
     def reconstruct(
-        self, adapter: Adapter, *, seed: int = 0, steps: int | None = None, adapter_scale: float | None = None
+        self, adapter: Adapter, *, seed: int = 0, steps: int | None = None, adapter_scale: float = 1.0
     ) -> Edit:
         """Draws the photo again from noise and the rare tokens alone, without guidance: what the fit learned.
 
@@ -181,7 +181,7 @@ class Editor:
             adapter: of the photo.
             seed: of the noise.
             steps: sampling steps.
-            adapter_scale: of the adapter's effect.
+            adapter_scale: of the adapter's effect, whatever the recipe sets for edits.
 
         Raises:
             UnituneError: as for `edit`.
