@@ -21,8 +21,9 @@ def rank_rare_tokens(tokenizer: Any, embeddings: Tensor | None = None, limit: in
     """Lists a tokenizer's rare tokens, the rarest first.
 
     Kept are whole words of 3 to 5 lowercase letters that are one token and come back unchanged from encoding
-    and decoding. Strings that can't be spoken go before strings that look like words; within both, late
-    vocabulary positions and short embeddings go first.
+    and decoding. With embeddings, the longer half of them is left out: those are of words that training met. Of
+    the rest, late vocabulary positions go first, and strings that can't be spoken get a start over those that
+    look like words.
 
     Args:
         tokenizer: a CLIP tokenizer.
@@ -38,16 +39,15 @@ def rank_rare_tokens(tokenizer: Any, embeddings: Tensor | None = None, limit: in
         if (match := _WHOLE_WORD.fullmatch(token))
     ]
     candidates.sort(reverse=True)
-    position = {word: rank for rank, (_, word) in enumerate(candidates)}
-    length = dict.fromkeys(position, 0)
-    if embeddings is not None and candidates:
+    if embeddings is not None:
         norms = embeddings.detach().float().norm(dim=1).tolist()
-        by_norm = sorted(candidates, key=lambda candidate: (norms[candidate[0]], -candidate[0]))
-        length = {word: rank for rank, (_, word) in enumerate(by_norm)}
+        middle = sorted(norms[index] for index, _ in candidates)[len(candidates) // 2] if candidates else 0.0
+        candidates = [candidate for candidate in candidates if norms[candidate[0]] <= middle]
+    position = {word: rank for rank, (_, word) in enumerate(candidates)}
 
-    def rarity(candidate: tuple[int, str]) -> tuple[bool, int, int]:
-        index, word = candidate
-        return _looks_like_a_word(word), position[word] + length[word], -index
+    def rarity(candidate: tuple[int, str]) -> int:
+        _, word = candidate
+        return position[word] + (len(candidates) // 4 if _looks_like_a_word(word) else 0)
 
     ranked: list[str] = []
     for index, word in sorted(candidates, key=rarity):

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,15 @@ def photo_image() -> Image.Image:
     image.putdata([(5 * x % 256, 6 * y % 256, 90) for y in range(40) for x in range(48)])
     image.paste((250, 220, 40), (14, 10, 28, 24))
     return image
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `size` bytes, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import room_for
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -164,14 +165,8 @@ def test_values_that_float16_cant_hold_are_refused_and_nothing_is_written(
 
 
 def test_a_failed_save_leaves_nothing(adapter: Adapter, tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        with pytest.raises(OutputError, match="can't be written"):
-            adapter.save(tmp_path / "photo.safetensors")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with room_for(4096), pytest.raises(OutputError, match="can't be written"):
+        adapter.save(tmp_path / "photo.safetensors")
     assert os.listdir(tmp_path) == []
 
 

@@ -6,20 +6,19 @@ import io
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import room_for
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -295,17 +294,6 @@ def test_a_read_only_folder(tmp_path: Path, tiny_sd15: Path, photo: Path) -> Non
     (tmp_path / "locked").mkdir(mode=0o500)
     given = ("fit", photo, "-o", tmp_path / "locked" / "a.safetensors", "--base", tiny_sd15, *QUICK)
     assert "read-only" in refused(*given, folder=tmp_path)
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_no_disk_space(

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import room_for
 
 from lora_unitune.errors import OutputError
 from lora_unitune.output import check_output, write_atomically
-
-resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
-
-
-@pytest.fixture
-def nearly_full_disk() -> Iterator[None]:
-    """Lets this process write 4 KiB to a file and no more, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_text(path: Path) -> None:
@@ -63,8 +52,8 @@ def test_an_interrupted_write_leaves_the_folder_as_it_was(
     assert path.read_text() == "old"
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, nearly_full_disk: None) -> None:
-    with pytest.raises(OutputError, match="can't be written") as caught:
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with room_for(4096), pytest.raises(OutputError, match="can't be written") as caught:
         write_atomically(tmp_path / "result", lambda temporary: temporary.write_bytes(bytes(10_000)) and None)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
