@@ -231,8 +231,9 @@ def _check_is_safetensors(path: Path) -> None:
     header = int.from_bytes(start, "little")
     if len(start) == 8 and header <= min(LARGEST_HEADER, size - 8):
         return
-    # A header's length may begin with the same two bytes as a pickle (0x80 and its protocol), never the third.
-    if start.startswith(b"PK") or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and any(start[2:3])):
+    # A header's length may begin with the same two bytes as a pickle (0x80, protocol), never the third.
+    is_pickle = start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and any(start[2:3])
+    if start.startswith(b"PK") or is_pickle:
         raise AdapterFileError(
             f"{path} is a pickle or a zip, which can run code when opened, and is never loaded; give a "
             "safetensors file that lora-unitune wrote"

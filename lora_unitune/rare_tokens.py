@@ -21,7 +21,7 @@ def rank_rare_tokens(tokenizer: Any, embeddings: Tensor | None = None, limit: in
     """Lists a tokenizer's rare tokens, the rarest first.
 
     Kept are whole words of 3 to 5 lowercase letters that are one token and come back unchanged from encoding
-    and decoding. With embeddings, the longer half of them is left out: those are of words that training met. Of
+    and decoding. With embeddings, the longer half of them is left out: those are words that training met. Of
     the rest, late vocabulary positions go first, and strings that can't be spoken get a start over those that
     look like words.
 
