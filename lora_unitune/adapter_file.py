@@ -23,7 +23,6 @@ from torch import Tensor
 
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
-from lora_unitune.output import check_output as check_output
 from lora_unitune.output import write_atomically
 from lora_unitune.recipe import LoraSettings, Recipe
 

@@ -1,7 +1,8 @@
 """A tokenizer -> rare tokens: short words a base has no strong association with (UniTune, arXiv 2210.09477).
 
 A CLIP tokenizer numbers its tokens in the order its merges were learned, from frequent to rare, and a token
-that training hardly ever met keeps an embedding close to where it started, which is short. Both rank tokens.
+that training hardly ever met keeps an embedding close to where it started, which is short.
+The first ranks tokens, the second says which of them training met.
 """
 
 from __future__ import annotations
