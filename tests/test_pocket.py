@@ -52,7 +52,7 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
 def test_the_weights_are_small_and_never_pickles() -> None:
     files = [file for file in POCKET_FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 40_000_000
-    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md", ".jsonl"}
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md", ".jsonl", ".png"}
     assert "commit" in (POCKET_FOLDER / "PROVENANCE.md").read_text()
 
 

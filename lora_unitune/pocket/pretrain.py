@@ -35,6 +35,7 @@ from .assembly import (
     rare_words,
     save_pipeline,
 )
+from .muon import Muon
 from .pictures import crops, photos_of_skimage, scenes, to_pixels
 from .provenance import copy_logs, write_provenance
 from .stage import Average, Stage
@@ -75,7 +76,7 @@ def train_vae(work: Path, count: int, minutes: float, device: str) -> None:
     )
     stage.resume(things)
     losses: list[float] = []
-    while stage.tick(optimizer, 16):
+    while stage.tick([optimizer], 16):
         true = to_pixels(crops(train, photos, 16, rng), device)
         with _half(device):
             posterior = vae.encode(true).latent_dist
@@ -239,22 +240,27 @@ def train_unet(
     encode_scenes(work, "held-out", HELD_OUT, device)
     encoder = build_text_encoder(tokenizer).to(device).train()
     unet = build_unet().to(device, memory_format=torch.channels_last).train()
-    stage = Stage(work, "unet", minutes, peak, 0.35)
+    stage = Stage(work, "unet", minutes, peak, 0.5)
     drawn = [world.draw_scene(seed) for seed in range(count)]
     if start and not stage.file.exists():
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet", **READ).state_dict())
         encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
+        stage.go_on_counting()
     elif not stage.file.exists():
         stage.log(words_loss=teach_words(encoder, tokenizer, drawn, stage.budget / 67, device))
     parameters = [*unet.parameters(), *encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-    average = Average({"unet": unet, "text_encoder": encoder}, 0.9995)
-    things = {"unet": unet, "text_encoder": encoder, "optimizer": optimizer, "average": average}
+    ends = (*unet.conv_in.parameters(), *unet.conv_out.parameters())
+    inner = [p for p in unet.parameters() if p.ndim > 1 and all(p is not end for end in ends)]
+    others = [p for p in parameters if all(p is not matrix for matrix in inner)]
+    muon = Muon(inner, lr=peak, weight_decay=1e-2)
+    adam = torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    average = Average({"unet": unet, "text_encoder": encoder}, 0.999)
+    things = {"unet": unet, "text_encoder": encoder, "muon": muon, "adam": adam, "average": average}
     stage.resume(things)
     alphas, around = build_scheduler().alphas_cumprod.to(device), object_weights(drawn, mean.shape[-1])
     generator, losses = torch.Generator().manual_seed(stage.step), list[float]()
     batches = caption_batches(drawn, rare_words(), batch, stage.step)
-    while stage.tick(optimizer, batch):
+    while stage.tick([muon, adam], batch):
         chosen, texts = next(batches)
         noise = torch.randn((2, batch, *mean.shape[1:]), generator=generator)
         clean = ((mean[chosen].float() + std[chosen].float() * noise[0]) * scale).to(device)
@@ -266,13 +272,15 @@ def train_unet(
         target = training_target(clean, noise[1].to(device), steps, alphas, "v_prediction")
         error = ((v.float() - target).square() * around[chosen].to(device)).mean((1, 2, 3))
         loss = (error * weights_of_timesteps(steps, alphas)).mean()
-        optimizer.zero_grad()
+        muon.zero_grad()
+        adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        muon.step()
+        adam.step()
         average.update()
         losses.append(loss.item())
-        if stage.step % 1000 == 0:
+        if stage.step % 500 == 0:
             stage.log(loss=float(np.mean(losses)), **held_out_errors(work, average, tokenizer, device))
             losses.clear()
         stage.save(things, every=120)
@@ -300,11 +308,11 @@ def main() -> None:
 
 @main.command("all")
 @click.argument("work", type=click.Path(path_type=Path))
-@click.option("--scenes", "count", default=32000, show_default=True, help="Training scenes to draw.")
+@click.option("--scenes", "count", default=40000, show_default=True, help="Training scenes to draw.")
 @click.option("--vae-minutes", default=20.0, show_default=True)
 @click.option("--unet-minutes", default=120.0, show_default=True)
-@click.option("--batch", default=16, show_default=True, help="Pictures a step of the UNet.")
-@click.option("--peak", default=7e-4, show_default=True, help="Highest learning rate of the UNet.")
+@click.option("--batch", default=32, show_default=True, help="Pictures a step of the UNet.")
+@click.option("--peak", default=8e-4, show_default=True, help="Highest learning rate of the UNet.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--start",
@@ -334,7 +342,7 @@ def run_all(
 @main.command("export")
 @click.argument("work", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--scenes", "count", default=32000, show_default=True)
+@click.option("--scenes", "count", default=40000, show_default=True)
 def run_export(work: Path, folder: Path, count: int) -> None:
     """Writes the newest weights as a diffusers pipeline."""
     export(work, folder, count)

@@ -20,36 +20,51 @@ class Stage:
         self.file, self.log_file = work / f"{name}.pt", work / f"{name}.jsonl"
         self.budget, self.peak_rate, self.decay_share = minutes * 60.0, peak_rate, decay_share
         self.used, self.step, self.pictures = 0.0, 0, 0
+        self._first, self._minutes_before = 0, 0.0
         self._mark = self._saved = time.monotonic()
 
     def resume(self, things: dict[str, Any]) -> None:
         if self.file.exists():
             state = torch.load(self.file, map_location="cpu", weights_only=True)
             self.used, self.step, self.pictures = state["used"], state["step"], state["pictures"]
+            self._first, self._minutes_before = state.get("before", (0, 0.0))
             for name, thing in things.items():
                 thing.load_state_dict(state[name])
+
+    def go_on_counting(self) -> None:
+        """Counts on from the log's last row: weights learn on with a new optimizer and a new budget."""
+        row = json.loads(self.log_file.read_text().splitlines()[-1])
+        self.step, self.pictures = row["step"], row["pictures"]
+        self._first, self._minutes_before = row["step"], row["minutes"]
 
     def save(self, things: dict[str, Any], every: float = 0.0) -> None:
         if time.monotonic() - self._saved < every:
             return
-        state = {"used": self.used, "step": self.step, "pictures": self.pictures}
+        state = {
+            "used": self.used,
+            "step": self.step,
+            "pictures": self.pictures,
+            "before": (self._first, self._minutes_before),
+        }
         partial = self.file.with_suffix(".partial")
         torch.save(state | {name: thing.state_dict() for name, thing in things.items()}, partial)
         partial.replace(self.file)
         self._saved = time.monotonic()
 
-    def tick(self, optimizer: torch.optim.Optimizer, batch: int) -> bool:
+    def tick(self, optimizers: list[torch.optim.Optimizer], batch: int) -> bool:
         """Counts a step and sets the next learning rate; False when the time is used up."""
         now = time.monotonic()
         self.used, self._mark = self.used + now - self._mark, now
         self.step, self.pictures = self.step + 1, self.pictures + batch
         left = max(0.0, 1.0 - self.used / self.budget) / self.decay_share
-        for group in optimizer.param_groups:
-            group["lr"] = self.peak_rate * min(1.0, self.step / 200, left + 0.01)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.peak_rate * min(1.0, (self.step - self._first) / 200, left + 0.01)
         return self.used < self.budget
 
     def log(self, **values: float) -> None:
-        row = {"step": self.step, "pictures": self.pictures, "minutes": round(self.used / 60, 2)}
+        minutes = round(self._minutes_before + self.used / 60, 2)
+        row = {"step": self.step, "pictures": self.pictures, "minutes": minutes}
         row |= {k: round(v, 5) for k, v in values.items()}
         with self.log_file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")

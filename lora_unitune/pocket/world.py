@@ -20,6 +20,11 @@ from .drawing import LOOKS, PLACES, backdrop, stand
 from .sprites import COLOURED, COLOURS, OBJECTS, sprite
 
 TIMES = ("day", "sunset", "night")
+SIZES = (26 / 64, 34 / 64, 42 / 64)  # small, middling, big
+CENTRES = tuple(step / 16 for step in range(5, 12))
+GROUNDS = (54 / 64, 58 / 64)
+"""Objects stand in steps of four pixels, so that a latent covers the same part of an object in every scene:
+a small model learns such objects crisply, and endless shifts of them only as blots."""
 COMPANIONS = ("balloon", "mushroom", "tulip", "duck", "apple", "cactus")
 LOOK_WEIGHTS = {"plain": 0.58, "sketch": 0.14, "pixel": 0.14, "sepia": 0.14}
 
@@ -68,8 +73,8 @@ class Scene:
         time: one of `TIMES`.
         look: one of `LOOKS`.
         colour: one of `COLOURS` for an object of `COLOURED`, else "".
-        x: centre of the object, fraction of the width, 0.2 to 0.8.
-        size: longer side of the object, fraction of the width, 0.3 to 0.66.
+        x: centre of the object, fraction of the width; drawn from `CENTRES`.
+        size: longer side of the object, fraction of the width; drawn from `SIZES`.
         mirrored: whether the object faces the other way.
         companion: a small second object on the other side, one of `COMPANIONS`, or "".
         seed: background details.
@@ -109,7 +114,7 @@ class Scene:
     @property
     def scale(self) -> str:
         """How large the object is, as a caption says it: small, "" or big."""
-        return "small" if self.size < 0.39 else "big" if self.size > 0.56 else ""
+        return "small" if self.size < 0.47 else "big" if self.size > 0.59 else ""
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,8 @@ def draw_scene(seed: int, split: str = "train") -> Scene:
             time=rng.choice(TIMES),
             look=rng.choices(tuple(LOOK_WEIGHTS), weights=tuple(LOOK_WEIGHTS.values()))[0],
             colour=rng.choice(tuple(COLOURS)) if name in COLOURED else "",
-            x=round(rng.uniform(0.26, 0.74), 3),
-            size=round(rng.uniform(0.34, 0.62), 3),
+            x=rng.choice(CENTRES),
+            size=rng.choice(SIZES),
             mirrored=rng.random() < 0.5,
             companion=rng.choice([c for c in COMPANIONS if c != name]) if rng.random() < 0.12 else "",
             seed=rng.randrange(1 << 31),
@@ -182,7 +187,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     """Draws a scene, RGB, `size` × `size` pixels."""
     side, rng = size * 2, random.Random(scene.seed)
     image = backdrop(side, scene.place, scene.time, rng)
-    ground = rng.uniform(0.84, 0.92)
+    ground = rng.choice(GROUNDS)
     if scene.companion:
         small = sprite(scene.companion, "red" if scene.companion in COLOURED else "")
         other = 0.15 if scene.x > 0.5 else 0.85
@@ -190,7 +195,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     main = sprite(scene.object, scene.colour)
     if scene.mirrored:
         main = main.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    bottom = ground - 0.14 if scene.object == "balloon" else ground
+    bottom = ground - 0.125 if scene.object == "balloon" else ground
     stand(image, main, scene.time, scene.x, max(bottom, scene.size + 0.04), scene.size)
     return LOOKS[scene.look](image, size)
 
@@ -227,6 +232,15 @@ def caption(scene: Scene, rng: random.Random) -> str:
     text = " ".join(([before] if before else []) + parts)
     if rng.random() < 0.1:
         text = re.sub(r"\ban?\b", "the", text)
+    return f"{text}, {after}" if after else text
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """A caption with object, colour, place, time and look all in it, in one of its wordings."""
+    thing = _phrase(scene, rng.choice(OBJECT_WORDS[scene.object]), colour=True, scale=False)
+    where, when = rng.choice(PLACE_WORDS[scene.place]), rng.choice(TIME_WORDS[scene.time])
+    before, after = rng.choice(LOOK_WORDS[scene.look])
+    text = f"{before} {thing} {where} {when}".strip()
     return f"{text}, {after}" if after else text
 
 

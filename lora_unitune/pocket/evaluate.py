@@ -1,0 +1,232 @@
+"""How well a pocket base draws what it is told, as the examiner reads it.
+
+    python -m lora_unitune.pocket.evaluate [--prompts 512] [--json]
+    python -m lora_unitune.pocket.evaluate vae
+    python -m lora_unitune.pocket.evaluate diversity
+    python -m lora_unitune.pocket.evaluate gallery gallery.png
+
+Every fourth prompt names an (object, place) pair that never occurs in training. Prompt i has seed i.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from lora_unitune.families import POCKET_FOLDER
+from lora_unitune.rare_tokens import find_rare_tokens
+from lora_unitune.recipe import default_recipe
+
+from . import examiner, world
+from .pictures import PHOTOS
+from .pretrain import round_trip_psnr
+
+BATCH = 16
+GALLERY = (
+    ("a dog in a meadow by day", "dog", "meadow"),
+    ("a blue car in the city at night", "car", "city"),
+    ("a rocket in the desert at sunset", "rocket", "desert"),
+    ("a penguin on the beach by day", "penguin", "beach"),
+    ("a pencil sketch of a castle in the snow", "castle", "snow"),
+    ("a sepia photo of an elephant in a room", "elephant", "room"),
+    ("pixel art of a yellow balloon in the forest", "balloon", "forest"),
+    ("a tent on the beach at sunset", "tent", "beach"),
+)
+Rows = dict[str, dict[str, Any]]
+
+
+def requests(count: int) -> list[tuple[str, world.Scene]]:
+    """Prompts over all attributes, each with a scene it describes; every fourth is an unseen pair."""
+    found = []
+    for number in range(count):
+        scene = world.draw_scene(number, "held-out" if number % 4 else "unseen")
+        found.append((world.describe(scene, random.Random(number)), scene))
+    return found
+
+
+def load(folder: Path) -> Any:
+    """The base as a plain diffusers pipeline in float32."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=True, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], settings: Any) -> np.ndarray:
+    """Pictures of the prompts, (n, 64, 64, 3) uint8, each from the noise of its own seed."""
+    out = []
+    for start in range(0, len(prompts), BATCH):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
+        pictures = pipeline(
+            prompts[start : start + BATCH],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            guidance_rescale=settings.guidance_rescale,
+            generator=generators,
+            output_type="np",
+        ).images
+        out.append((pictures * 255).round().astype(np.uint8))
+        click.echo(f"{start + len(pictures)} of {len(prompts)} drawn", err=True)
+    return np.concatenate(out)
+
+
+def interval(right: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927)."""
+    if not of:
+        return 0.0, 1.0
+    z, share = 1.96, right / of
+    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+
+
+def judge(pictures: np.ndarray, asked: list[world.Scene]) -> tuple[Rows, list[tuple[str, str, int]]]:
+    """Shares that the examiner reads as asked for, and what it mistook for what how often."""
+    reading, rows, mistaken = examiner.read(pictures), Rows(), Counter[tuple[str, str]]()
+    unseen = np.array([world.is_unseen_pair(scene.object, scene.place) for scene in asked])
+    for field in examiner.CHOICES:
+        said = reading.likeliest(field)
+        counts = [field != "colour" or examiner.has_colour(scene) for scene in asked]
+        right = np.array([getattr(scene, field) == value for scene, value in zip(asked, said, strict=True)])
+        for name, part in {"all": unseen | True, "seen pairs": ~unseen, "unseen pairs": unseen}.items():
+            chosen = right[part & np.array(counts)]
+            low, high = interval(int(chosen.sum()), len(chosen))
+            rows.setdefault(field, {})[name] = {
+                "share": round(float(chosen.mean()), 4) if len(chosen) else None,
+                "interval": [round(low, 4), round(high, 4)],
+                "of": len(chosen),
+            }
+        mistaken.update(
+            (getattr(scene, field), value)
+            for scene, value, counted in zip(asked, said, counts, strict=True)
+            if counted and getattr(scene, field) != value
+        )
+    return rows, [(wanted, got, count) for (wanted, got), count in mistaken.most_common(20)]
+
+
+def table(rows: Rows, mistaken: list[tuple[str, str, int]]) -> str:
+    """The rows as text, and the most frequent mistakes."""
+    lines = [f"{'':<8}{'all':>24}{'seen pairs':>24}{'unseen pairs':>24}"]
+    for field, parts in rows.items():
+        cells = [f"{100 * p['share']:.1f} % ({100 * p['interval'][0]:.1f} to {100 * p['interval'][1]:.1f})"
+                 if p["of"] else "-" for p in parts.values()]  # fmt: skip
+        lines.append(f"{field:<8}" + "".join(f"{cell:>24}" for cell in cells))
+    lines.append("most often mistaken: " + ", ".join(f"{a} for {b} ({n})" for a, b, n in mistaken))
+    return "\n".join(lines)
+
+
+@click.group(help=__doc__, invoke_without_command=True)
+@click.option("--prompts", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--base", default=POCKET_FOLDER, type=click.Path(path_type=Path, exists=True), help="Folder.")
+@click.option("--guidance", type=float, help="Instead of the default recipe's.")
+@click.option("--steps", type=int, help="Instead of the default recipe's.")
+@click.option("--rare", is_flag=True, help="Put the rare tokens before every prompt.")
+@click.option("--sheet", type=click.Path(dir_okay=False), help="Write the first 64 pictures as a PNG.")
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_context
+def main(
+    context: click.Context,
+    prompts: int,
+    base: Path,
+    guidance: float | None,
+    steps: int | None,
+    rare: bool,
+    sheet: str | None,
+    as_json: bool,
+) -> None:
+    given = {"guidance": guidance, "steps": steps}
+    overrides = [f"edit.{name}={value}" for name, value in given.items() if value is not None]
+    settings = default_recipe("pocket", "sd").override(overrides).edit
+    context.obj = (base, settings)
+    if context.invoked_subcommand:
+        return
+    pipeline, asked = load(base), requests(prompts)
+    texts = [prompt for prompt, _ in asked]
+    if rare:
+        embeddings = pipeline.text_encoder.get_input_embeddings().weight
+        words = find_rare_tokens(pipeline.tokenizer, 2, embeddings)
+        texts = [f"{words} {text}" for text in texts]
+    pictures = draw(pipeline, texts, list(range(prompts)), settings)
+    if sheet:
+        grid(pictures[:64], 8, ["" for _ in range(8)]).save(sheet)
+    rows, mistaken = judge(pictures, [scene for _, scene in asked])
+    found = {"prompts": prompts, "guidance": settings.guidance, "steps": settings.steps, "rare": rare}
+    found |= {"guidance_rescale": settings.guidance_rescale, "read_right": rows, "mistaken": mistaken}
+    click.echo(json.dumps(found) if as_json else table(rows, mistaken))
+
+
+@main.command()
+@click.pass_obj
+def vae(obj: Any) -> None:
+    """Round trip of 500 held-out scenes, and of scikit-image's colour photos."""
+    from skimage import data
+
+    network = load(obj[0]).vae
+    drawn = np.stack([np.asarray(world.render(world.draw_scene(n, "held-out"))) for n in range(500)])
+    click.echo(f"held-out scenes {round_trip_psnr(network, drawn, 'cpu'):.2f} dB")
+    values = []
+    for name in ("astronaut", "coffee", "rocket", "chelsea", "immunohistochemistry", "retina"):
+        photo = Image.fromarray(getattr(data, name)())
+        side = min(photo.size)
+        left, top = (photo.width - side) // 2, (photo.height - side) // 2
+        square = photo.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling.LANCZOS)
+        values.append(round_trip_psnr(network, np.asarray(square)[None], "cpu"))
+        click.echo(
+            f"{name} {values[-1]:.2f} dB{' (its crops are in the training)' if name in PHOTOS else ''}"
+        )
+    click.echo(f"photos {np.mean(values):.2f} dB")
+
+
+@main.command()
+@click.pass_obj
+def diversity(obj: Any) -> None:
+    """64 seeds of "a dog": spread of position and size, and distance to the nearest training scene."""
+    drawn = draw(load(obj[0]), ["a dog"] * 64, list(range(64)), obj[1])
+    dogs = [scene for scene in map(world.draw_scene, range(40000)) if scene.object == "dog"]
+    training = np.stack([np.asarray(world.render(scene)) for scene in dogs])
+    for name, pictures in {"samples": drawn, "training": training[:500]}.items():
+        reading = examiner.read(pictures)
+        click.echo(f"{name}: deviation of x {reading.x.std():.3f}, of size {reading.size.std():.3f}")
+    flat = training.reshape(len(training), -1).astype(np.float32)
+    nearest = [float(np.sqrt(((flat - one.reshape(-1)) ** 2).mean(1)).min()) for one in drawn]
+    click.echo(f"nearest training dog: {min(nearest):.1f} of 255 at least, {np.mean(nearest):.1f} on average")
+
+
+@main.command()
+@click.argument("output", type=click.Path(dir_okay=False))
+@click.pass_obj
+def gallery(obj: Any, output: str) -> None:
+    """Eight prompts, seeds 0 to 7, nothing picked; pairs that never occur in training are marked."""
+    texts = [text for text, _, _ in GALLERY for _ in range(8)]
+    pictures = draw(load(obj[0]), texts, list(range(8)) * len(GALLERY), obj[1])
+    grid(pictures, 8, [text + (" (never in training)" if world.is_unseen_pair(name, place) else "")
+                       for text, name, place in GALLERY]).save(output, optimize=True)  # fmt: skip
+
+
+def grid(pictures: np.ndarray, columns: int, titles: list[str]) -> Image.Image:
+    """Pictures at twice their size, each row under its title."""
+    side, gap, title = 128, 4, 20 if any(titles) else 0
+    row = side + gap + title
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, len(titles) * row + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number, picture in enumerate(pictures):
+        line, column = divmod(number, columns)
+        big = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(big, (gap + column * (side + gap), gap + line * row + title))
+    for line, text in enumerate(titles):
+        pen.text((gap, gap + line * row), text, fill="black", font=font)
+    return sheet
+
+
+if __name__ == "__main__":
+    main()
