@@ -21,18 +21,12 @@ import diffusers
 import numpy as np
 import peft
 import torch
-from PIL import Image
 
 from lora_unitune import Editor, __version__, fit
 from lora_unitune.output import write_atomically
 from lora_unitune.pocket.world import draw_scene, render
 from lora_unitune.recipe import default_recipe
-
-
-def psnr(first: Image.Image, second: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures, in dB."""
-    a, b = (np.asarray(image, dtype=np.float64) for image in (first, second))
-    return float(10 * np.log10(255**2 / max(np.mean((a - b) ** 2), 1e-10)))
+from lora_unitune.score import psnr
 
 
 def measure(editor: Editor, number: int, overrides: tuple[str, ...], folder: Path) -> dict[str, float]:

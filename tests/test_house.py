@@ -27,7 +27,7 @@ STOREYS = (
     }
     | {"rare_tokens"},
     {"edit", "mount", "prepare", "sampling", "train"},
-    {"demo"},
+    {"demo", "score"},
     {"cli"},
 )
 """A room imports from its own storey and those before it."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -48,7 +50,7 @@ def test_it_goes_on_from_its_state() -> None:
     run(2, optimizer, first)
     second = nn.Parameter(first.detach().clone())
     resumed = Muon([second], lr=0.5)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     run(1, optimizer, first)
     run(1, resumed, second)
     assert torch.equal(first, second)

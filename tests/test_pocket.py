@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import weights_of
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 from lora_unitune import Adapter, Editor, fit
 from lora_unitune.families import POCKET_FOLDER
@@ -17,6 +16,7 @@ from lora_unitune.pocket import world
 from lora_unitune.pocket.assembly import rare_words
 from lora_unitune.rare_tokens import rank_rare_tokens
 from lora_unitune.recipe import EditSettings
+from lora_unitune.score import psnr
 
 SCENE = 3  # of the held-out split
 
@@ -42,11 +42,6 @@ def file(adapter: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pocket") / "photo.safetensors"
     adapter.save(path)
     return path
-
-
-def psnr(first: Image.Image, second: Image.Image) -> float:
-    a, b = (np.asarray(image, dtype=float) for image in (first, second))
-    return float(10 * np.log10(255**2 / np.mean((a - b) ** 2)))
 
 
 def test_the_weights_are_small_and_never_pickles() -> None:

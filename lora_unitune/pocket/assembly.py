@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -121,16 +120,21 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def save_pipeline(parts: dict[str, Any], folder: Path) -> None:
-    """Writes a StableDiffusionPipeline folder: safetensors only, half precision but for the text encoder."""
+def assemble(parts: dict[str, Any]) -> StableDiffusionPipeline:
+    """The pipeline of a VAE, a UNet, a text encoder and a tokenizer."""
     pipeline = StableDiffusionPipeline(
-        vae=parts["vae"].to(torch.float16),
-        text_encoder=parts["text_encoder"].float(),
-        tokenizer=parts["tokenizer"],
-        unet=parts["unet"].to(torch.float16),
+        **parts,
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes a pipeline folder: safetensors only, VAE and UNet in half precision."""
+    pipeline.vae.half()
+    pipeline.unet.half()
     pipeline.save_pretrained(folder, safe_serialization=True)

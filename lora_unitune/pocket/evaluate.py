@@ -28,8 +28,7 @@ from lora_unitune.rare_tokens import find_rare_tokens
 from lora_unitune.recipe import default_recipe
 
 from . import examiner, world
-from .pictures import PHOTOS
-from .pretrain import round_trip_psnr
+from .pictures import PHOTOS, round_trip_psnr
 
 BATCH = 16
 GALLERY = (
@@ -79,6 +78,17 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], sett
         out.append((pictures * 255).round().astype(np.uint8))
         click.echo(f"{start + len(pictures)} of {len(prompts)} drawn", err=True)
     return np.concatenate(out)
+
+
+def shares_right(pipeline: DiffusionPipeline, count: int = 64) -> dict[str, float]:
+    """Share of each attribute that the examiner reads as asked for, of a few prompts; for logs."""
+    asked = requests(count)
+    settings = default_recipe("pocket", "sd").edit
+    rows, _ = judge(
+        draw(pipeline, [prompt for prompt, _ in asked], list(range(count)), settings),
+        [scene for _, scene in asked],
+    )
+    return {field: parts["all"]["share"] for field, parts in rows.items() if parts["all"]["of"]}
 
 
 def interval(right: int, of: int) -> tuple[float, float]:
@@ -154,13 +164,18 @@ def main(
     texts = [prompt for prompt, _ in asked]
     if rare:
         embeddings = pipeline.text_encoder.get_input_embeddings().weight
-        words = find_rare_tokens(pipeline.tokenizer, 2, embeddings)
+        words = find_rare_tokens(pipeline.tokenizer, embeddings)
         texts = [f"{words} {text}" for text in texts]
     pictures = draw(pipeline, texts, list(range(prompts)), settings)
     if sheet:
         grid(pictures[:64], 8, ["" for _ in range(8)]).save(sheet)
     rows, mistaken = judge(pictures, [scene for _, scene in asked])
-    found = {"prompts": prompts, "guidance": settings.guidance, "steps": settings.steps, "rare": rare}
+    found: dict[str, Any] = {
+        "prompts": prompts,
+        "guidance": settings.guidance,
+        "steps": settings.steps,
+        "rare": rare,
+    }
     found |= {"guidance_rescale": settings.guidance_rescale, "read_right": rows, "mistaken": mistaken}
     click.echo(json.dumps(found) if as_json else table(rows, mistaken))
 

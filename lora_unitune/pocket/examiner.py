@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import world
+from .muon import Muon
 from .pictures import scenes, to_pixels
 
 FILE = Path(__file__).with_name("examiner.safetensors")
@@ -35,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 WIDTHS = [len(values) for values in CHOICES.values()]
 IGNORED = -100
 HELD_OUT = 1500
+RATE = 3e-3
 
 
 def has_colour(scene: world.Scene) -> bool:
@@ -178,20 +180,23 @@ def train(work: Path, count: int, minutes: float, batch: int = 64) -> Network:
     pictures, drawn = scenes(work, "train", count), [world.draw_scene(seed) for seed in range(count)]
     numbers, places = labels(drawn)
     network = Network().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
+    kernels = [p for p in network.parameters() if p.ndim == 4]
+    others = [p for p in network.parameters() if p.ndim != 4]
+    optimizers = Muon(kernels, lr=RATE, weight_decay=0.02), torch.optim.AdamW(others, lr=RATE)
     generator, started, used, step = torch.Generator().manual_seed(0), time.monotonic(), 0.0, 0
     while used < 1.0:
         for chosen in torch.randperm(count, generator=generator).split(batch):
             used, step = (time.monotonic() - started) / (60.0 * minutes), step + 1
-            optimizer.param_groups[0]["lr"] = 2e-3 * max(0.0, min(1.0, step / 200, (1.0 - used) / 0.6))
             true = to_pixels(pictures[chosen.numpy()], "cpu").to(memory_format=torch.channels_last)
             logits, place = network(_worn(true, generator))
             losses = [F.cross_entropy(a, b, ignore_index=IGNORED, reduction="sum") / batch
                       for a, b in zip(logits, numbers[chosen].T, strict=True)]  # fmt: skip
-            loss = torch.stack(losses).sum() + 20.0 * F.smooth_l1_loss(place, places[chosen], beta=0.05)
-            optimizer.zero_grad()
+            loss = torch.stack(losses).sum() + F.smooth_l1_loss(16.0 * place, 16.0 * places[chosen], beta=0.3)
+            network.zero_grad()
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = RATE * max(0.0, min(1.0, step / 200, (1.0 - used) / 0.6))
+                optimizer.step()
             if step % 200 == 0:
                 click.echo(f"step {step} loss {loss.item():.3f} used {used:.0%}", err=True)
             if used >= 1.0:

@@ -77,7 +77,8 @@ class Muon(torch.optim.Optimizer):
         wanted = []
         for parameter in parameters:
             state, gradient = self.state[parameter], parameter.grad
-            assert gradient is not None  # `step` leaves those out
+            if gradient is None:  # `step` leaves those out; this tells the type checker
+                continue
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,3 +71,14 @@ def photos_of_skimage() -> list[np.ndarray]:
         for side in PHOTO_SIDES
     ]
     return [np.asarray(image) for image in sized]
+
+
+@torch.no_grad()
+def round_trip_psnr(vae: Any, pictures: np.ndarray, device: str) -> float:
+    """Mean PSNR in dB of decode(encode(picture)) over the pictures."""
+    values = []
+    for start in range(0, len(pictures), 32):
+        true = to_pixels(pictures[start : start + 32], device)
+        again = vae.decode(vae.encode(true).latent_dist.mode()).sample.clamp(-1, 1)
+        values += (-10.0 * ((again - true) / 2).square().mean((1, 2, 3)).log10()).tolist()
+    return float(np.mean(values))

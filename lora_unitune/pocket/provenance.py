@@ -50,6 +50,32 @@ def _stage_lines(folder: Path, name: str) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in [keys, ["---"] * len(keys), *table]]
 
 
+def plot_curves(folder: Path) -> None:
+    """Draws `training.png` beside the logs: loss, errors and the examiner's shares against pictures seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "unet.jsonl").read_text().splitlines()]
+    groups = {
+        "training loss": ("loss",),
+        "error of the clean latent, given a caption": ("right", "none", "wrong"),
+        "share that the examiner reads right": ("object", "place", "time", "look", "colour"),
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for axis, (title, keys) in zip(axes, groups.items(), strict=True):
+        axis.set(title=title, xlabel="pictures seen, thousands")
+        axis.grid(alpha=0.3)
+        for key in keys:
+            chosen = [(row["pictures"] / 1000, row[key]) for row in rows if key in row]
+            if chosen:
+                axis.plot(*zip(*chosen, strict=True), marker="o", markersize=3, label=key)
+                axis.legend()
+    figure.savefig(folder / "training.png", dpi=60)
+    pyplot.close(figure)
+
+
 def write_provenance(folder: Path, scenes: int) -> None:
     """Writes the file; what stands under "Findings" in an older one is kept.
 
@@ -58,6 +84,7 @@ def write_provenance(folder: Path, scenes: int) -> None:
         scenes: how many were drawn for training.
     """
     file = folder / "PROVENANCE.md"
+    plot_curves(folder)
     findings = file.read_text().partition(FINDINGS)[2] if file.exists() else ""
     versions = ", ".join(
         f"{library.__name__} {library.__version__}" for library in (torch, diffusers, transformers)
@@ -91,6 +118,8 @@ def write_provenance(folder: Path, scenes: int) -> None:
         "caption, none, or a wrong one:",
         "",
         *_stage_lines(folder, "unet"),
+        "",
+        "![Training curves](training.png)",
         "",
         LICENCES,
         FINDINGS.rstrip("\n"),
