@@ -18,4 +18,4 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
             "compare pictures of one size and mode"
         )
     a, b = (np.asarray(image, dtype=np.float64) for image in (first, second))
-    return float(10 * np.log10(255**2 / max(np.mean((a - b) ** 2), 1e-10)))
+    return float(10 * np.log10(255**2 / max(float(np.mean((a - b) ** 2)), 1e-10)))

@@ -170,13 +170,9 @@ def main(
     if sheet:
         grid(pictures[:64], 8, ["" for _ in range(8)]).save(sheet)
     rows, mistaken = judge(pictures, [scene for _, scene in asked])
-    found: dict[str, Any] = {
-        "prompts": prompts,
-        "guidance": settings.guidance,
-        "steps": settings.steps,
-        "rare": rare,
-    }
-    found |= {"guidance_rescale": settings.guidance_rescale, "read_right": rows, "mistaken": mistaken}
+    found: dict[str, Any] = {"prompts": prompts, "rare": rare, "steps": settings.steps}
+    found |= {"guidance": settings.guidance, "guidance_rescale": settings.guidance_rescale}
+    found |= {"read_right": rows, "mistaken": mistaken}
     click.echo(json.dumps(found) if as_json else table(rows, mistaken))
 
 

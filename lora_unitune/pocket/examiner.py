@@ -22,16 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import world
+from .drawing import LOOKS, PLACES
 from .muon import Muon
 from .pictures import scenes, to_pixels
+from .sprites import COLOURS, OBJECTS
 
 FILE = Path(__file__).with_name("examiner.safetensors")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "object": world.OBJECTS,
-    "place": tuple(world.PLACES),
+    "object": OBJECTS,
+    "place": tuple(PLACES),
     "time": world.TIMES,
-    "look": tuple(world.LOOKS),
-    "colour": tuple(world.COLOURS),
+    "look": tuple(LOOKS),
+    "colour": tuple(COLOURS),
 }
 WIDTHS = [len(values) for values in CHOICES.values()]
 IGNORED = -100
@@ -108,7 +110,9 @@ class Reading:
 @cache
 def load() -> Network:
     """The examiner that ships with the package."""
-    network = Network().eval().requires_grad_(False)
+    network = Network()
+    network.eval()
+    network.requires_grad_(False)
     network.load_state_dict({name: tensor.float() for name, tensor in load_file(FILE).items()})
     return network
 
@@ -143,7 +147,8 @@ def _worn(pictures: Tensor, generator: torch.Generator) -> Tensor:
         small = F.interpolate(pictures, size=round(64 * (0.5 + blur)), mode="bilinear", antialias=True)
         pictures = F.interpolate(small, size=64, mode="bicubic")
     pictures = pictures * (0.9 + 0.2 * light)
-    return pictures + 0.08 * noise * torch.randn(pictures.shape, generator=generator)
+    worn: Tensor = pictures + 0.08 * noise * torch.randn(pictures.shape, generator=generator)
+    return worn
 
 
 def test(network: Network, pictures: np.ndarray, drawn: list[world.Scene]) -> dict[str, float]:
@@ -179,7 +184,8 @@ def train(work: Path, count: int, minutes: float, batch: int = 64) -> Network:
     torch.manual_seed(0)
     pictures, drawn = scenes(work, "train", count), [world.draw_scene(seed) for seed in range(count)]
     numbers, places = labels(drawn)
-    network = Network().to(memory_format=torch.channels_last)
+    network = Network()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     kernels = [p for p in network.parameters() if p.ndim == 4]
     others = [p for p in network.parameters() if p.ndim != 4]
     optimizers = Muon(kernels, lr=RATE, weight_decay=0.02), torch.optim.AdamW(others, lr=RATE)
@@ -201,7 +207,8 @@ def train(work: Path, count: int, minutes: float, batch: int = 64) -> Network:
                 click.echo(f"step {step} loss {loss.item():.3f} used {used:.0%}", err=True)
             if used >= 1.0:
                 break
-    network.eval().requires_grad_(False)
+    network.eval()
+    network.requires_grad_(False)
     seeds = range(2 * HELD_OUT, 3 * HELD_OUT)
     held_out = [world.draw_scene(seed, "held-out") for seed in seeds]
     _fit_temperatures(network, np.stack([np.asarray(world.render(s)) for s in held_out]), held_out)
