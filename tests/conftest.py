@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
+from command_line import QUICK, run
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -21,8 +24,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from random_adapters import make_adapter
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lora_unitune.adapter_file import Adapter
+from lora_unitune.adapters import detach
+from lora_unitune.edit import Editor
 from lora_unitune.families import Base, load_base
 
 COMMON_WORDS = (
@@ -178,11 +185,15 @@ def weights_of(base: Base) -> dict[str, torch.Tensor]:
     }
 
 
+def unchanged(base: Base, before: dict[str, torch.Tensor]) -> bool:
+    """Tells whether the base's tensors are those of `weights_of` before, to the bit."""
+    after = weights_of(base)
+    return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def _lend(base: Base) -> Iterator[Base]:
     before = weights_of(base)
     yield base
-    from lora_unitune.adapters import detach
-
     detach(base)
     after = weights_of(base)
     assert before.keys() == after.keys(), "the test left tensors behind in the base"
@@ -209,6 +220,49 @@ def photo_image() -> Image.Image:
     image.putdata([(5 * x % 256, 6 * y % 256, 90) for y in range(40) for x in range(48)])
     image.paste((250, 220, 40), (14, 10, 28, 24))
     return image
+
+
+@pytest.fixture
+def adapter(base15: Base) -> Adapter:
+    """A random adapter for the SD 1.5 layout."""
+    return make_adapter(base15)
+
+
+@pytest.fixture
+def editor(base15: Base) -> Iterator[Editor]:
+    """An editor on the SD 1.5 layout, which gives its base back."""
+    editor = Editor(base15)
+    yield editor
+    editor.release()
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> tuple[Path, Result]:
+    """An adapter file fitted by the command line, beside its photo, and what the command printed."""
+    folder = tmp_path_factory.mktemp("fitted")
+    Image.radial_gradient("L").convert("RGB").save(folder / "photo.png")
+    file = folder / "photo.safetensors"
+    result = run("fit", folder / "photo.png", "-o", file, "--base", tiny_sd15, *QUICK, "--json")
+    assert result.exit_code == 0, result.output
+    return file, result
+
+
+@pytest.fixture
+def adapter_file(fitted: tuple[Path, Result], tmp_path: Path) -> Path:
+    """A copy of the fitted file, alone in its folder, to be changed by a test."""
+    return Path(shutil.copy(fitted[0], tmp_path / "photo.safetensors"))
+
+
+@pytest.fixture
+def edit(adapter_file: Path, tiny_sd15: Path) -> list[str | Path]:
+    """The beginning of a command that edits the fitted photo."""
+    return ["edit", "--base", tiny_sd15, adapter_file]
+
+
+@pytest.fixture
+def photo(fitted: tuple[Path, Result], tmp_path: Path) -> Path:
+    """A copy of the photo."""
+    return Path(shutil.copy(fitted[0].with_name("photo.png"), tmp_path / "photo.png"))
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,91 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import unchanged, weights_of
 from diffusers import (
-    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
 from PIL import Image
+from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
 
 from lora_unitune.adapter_file import Adapter
-from lora_unitune.adapters import attach, collect, detach, is_attached
+from lora_unitune.adapters import is_attached
 from lora_unitune.edit import Editor, read_settings
-from lora_unitune.errors import AdapterFileError, OutputError, PhotoError, PromptError, SettingError
+from lora_unitune.errors import OutputError, SettingError
 from lora_unitune.families import Base, load_base
-from lora_unitune.recipe import EditSettings, FitSettings, LoraSettings, Recipe
-
-LORA = LoraSettings(unet_rank=4, unet_alpha=10.0, text_encoder_rank=2, text_encoder_alpha=3.0)
-EDIT = EditSettings(steps=4, guidance=4.0)
-
-
-@functools.cache
-def adapter_shapes(base: Base, lora: LoraSettings) -> dict[str, torch.Size]:
-    """Returns the shapes of an adapter's tensors, found by attaching one."""
-    attach(base, lora)
-    shapes = {key: tensor.shape for key, tensor in collect(base).items()}
-    detach(base)
-    return shapes
-
-
-def make_adapter(base: Base, lora: LoraSettings = LORA, seed: int = 0) -> Adapter:
-    """Returns an adapter for a base with random tensors, large enough to change its images."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = adapter_shapes(base, lora)
-    return Adapter(
-        tensors={key: torch.randn(shape, generator=generator) / 4 for key, shape in shapes.items()},
-        rare_tokens="zqrt ohwx",
-        recipe=Recipe(lora=lora, edit=EDIT),
-        base=base.name,
-        fingerprint=base.fingerprint,
-        photo_latents=torch.randn((1, *base.latent_shape()), generator=generator),
-        resolution=base.resolution,
-        seed=seed,
-        seconds=1.0,
-    )
-
-
-def make_full_adapter(base: Base) -> Adapter:
-    """Returns an adapter of method "full": the base's own weights, moved a little."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        f"{part}.{name}": weight.detach() + torch.randn(weight.shape, generator=generator) / 50
-        for part, module in base.parts.items()
-        for name, weight in module.named_parameters()
-    }
-    recipe = Recipe(lora=LORA, edit=EDIT, fit=FitSettings(method="full"))
-    return replace(make_adapter(base), tensors=tensors, recipe=recipe)
+from lora_unitune.recipe import LoraSettings
 
 
 def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
     return np.asarray(image).astype(np.int16)
-
-
-def weights_of(base: Base) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{name}": tensor.clone()
-        for part, module in base.parts.items()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def unchanged(base: Base, before: dict[str, torch.Tensor]) -> bool:
-    after = weights_of(base)
-    return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-
-
-@pytest.fixture
-def adapter(base15: Base) -> Adapter:
-    return make_adapter(base15)
-
-
-@pytest.fixture
-def editor(base15: Base) -> Iterator[Editor]:
-    editor = Editor(base15)
-    yield editor
-    editor.release()
 
 
 # Agreement with plain diffusers
@@ -423,9 +356,6 @@ def test_other_files_hold_no_settings(tmp_path: Path, photo_image: Image.Image) 
             read_settings(tmp_path / name)
 
 
-# Prompts and bad input
-
-
 def test_what_doesnt_fit_into_the_prompt_is_named(editor: Editor, adapter: Adapter) -> None:
     edit = editor.edit(adapter, "a red fox at night " * 4 + "sunset", steps=1, strength=1.0)
     (note,) = edit.notes
@@ -433,101 +363,3 @@ def test_what_doesnt_fit_into_the_prompt_is_named(editor: Editor, adapter: Adapt
     assert editor.edit(adapter, "a fox", steps=1, strength=1.0).notes == ()
     (note,) = editor.edit(adapter, "a fox", steps=1, strength=1.0, guidance=1, negative_prompt="a dog").notes
     assert "no effect" in note
-
-
-@pytest.mark.parametrize("prompt", ["", "  \n", None])
-def test_an_empty_prompt_is_one_line(editor: Editor, adapter: Adapter, prompt: Any) -> None:
-    with pytest.raises(PromptError, match="the prompt is empty"):
-        editor.edit(adapter, prompt)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "steps = 0"),
-        ({"steps": 1001}, "steps = 1001"),
-        ({"steps": 2.5}, "steps = 2.5"),
-        ({"guidance": 0.5}, "guidance = 0.5 isn't allowed; give a number from 1"),
-        ({"guidance": float("nan")}, "guidance = nan"),
-        ({"guidance_rescale": 1.5}, "guidance_rescale = 1.5"),
-        ({"strength": 0}, "strength = 0 isn't allowed"),
-        ({"strength": 1.1}, "strength = 1.1"),
-        ({"strength": 0.1}, "leaves none of 4 steps"),
-        ({"adapter_scale": -1}, "adapter_scale = -1"),
-        ({"unconditional": "nobody"}, "unconditional = 'nobody'"),
-        ({"seed": -1}, "seed = -1"),
-        ({"seed": 2**63}, "seed = "),
-        ({"seed": "one"}, "seed = 'one'"),
-    ],
-)
-def test_impossible_settings_are_one_line(
-    editor: Editor, adapter: Adapter, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SettingError, match=message) as caught:
-        editor.edit(adapter, "a fox", **settings)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("count", [0, -1, 1.5, True])
-def test_impossible_counts_are_one_line(editor: Editor, adapter: Adapter, count: Any) -> None:
-    with pytest.raises(SettingError, match="count = "):
-        editor.edit_many(adapter, "a fox", count)
-
-
-def test_the_steps_a_base_has_are_the_most_it_takes(tiny_sd15: Path, tmp_path: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, use_safetensors=True)
-    pipeline.scheduler = DDIMScheduler(num_train_timesteps=10, steps_offset=0)
-    pipeline.save_pretrained(tmp_path / "base")
-    editor = Editor(str(tmp_path / "base"), device="cpu")
-    editor.edit(None, "a fox", steps=10)
-    with pytest.raises(SettingError, match="takes from 1 to 10"):
-        editor.edit(None, "a fox", steps=11)
-
-
-def test_starting_from_a_photo_needs_one(editor: Editor, adapter: Adapter, tmp_path: Path) -> None:
-    bare = replace(adapter, photo_latents=None)
-    with pytest.raises(SettingError, match=r"give the photo \(--photo\), or strength 1"):
-        editor.edit(bare, "a fox")
-    with pytest.raises(SettingError, match="starts from the photo"):
-        editor.edit(None, "a fox", strength=0.5)
-    with pytest.raises(SettingError, match="holds no photo"):
-        editor.photo_round_trip(bare)
-    with pytest.raises(PhotoError, match="doesn't exist"):
-        editor.edit(bare, "a fox", photo=tmp_path / "missing.jpg")
-    editor.edit(bare, "a fox", strength=1.0, steps=1)
-
-
-def test_an_adapter_of_another_base_is_one_line(base15: Base, base21: Base) -> None:
-    with pytest.raises(AdapterFileError, match="was made for base"):
-        Editor(base21).edit(make_adapter(base15), "a fox")
-    with pytest.raises(AdapterFileError, match="was made for base"):
-        Editor(base21).photo_round_trip(make_adapter(base15))
-
-
-def test_tensors_that_dont_fit_the_base_are_one_line_and_change_nothing(
-    base15: Base, editor: Editor, adapter: Adapter
-) -> None:
-    before = weights_of(base15)
-    full = make_full_adapter(base15)
-    good = editor.edit(adapter, "a fox", steps=2).image.tobytes()
-    for made in (adapter, full):
-        key = next(iter(made.tensors))
-        fewer = {name: tensor for name, tensor in made.tensors.items() if name != key}
-        for tensors in (fewer, {**fewer, key: torch.ones(3, 3)}, {**made.tensors, key + "x": torch.ones(3)}):
-            with pytest.raises(AdapterFileError) as caught:
-                editor.edit(replace(made, tensors=tensors), "a fox")
-            assert "\n" not in str(caught.value)
-            assert editor.edit(adapter, "a fox", steps=2).image.tobytes() == good
-    unfit = replace(adapter, recipe=replace(adapter.recipe, lora=replace(LORA, unet_targets=("nothing",))))
-    with pytest.raises(AdapterFileError, match="doesn't suit the base"):
-        editor.edit(unfit, "a fox")
-    misshapen = replace(adapter, photo_latents=torch.ones(1, 4, 3, 3))
-    with pytest.raises(AdapterFileError, match="latents in the adapter have shape"):
-        editor.edit(misshapen, "a fox")
-    editor.release()
-    assert unchanged(base15, before)
-
-
-def test_full_adapters_cant_use_the_base_for_the_empty_prompt(base15: Base, editor: Editor) -> None:
-    with pytest.raises(SettingError, match="needs an adapter of method 'lora'"):
-        editor.edit(make_full_adapter(base15), "a fox", unconditional="base")

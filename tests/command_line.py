@@ -1,0 +1,28 @@
+"""Runs commands in this process, as a person would type them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from lora_unitune.cli import main
+
+QUICK = ["--set", "fit.steps=2", "--set", "fit.batch_size=1", "--set", "edit.steps=2", "--device", "cpu"]
+
+
+def run(*arguments: str | Path) -> Result:
+    """Runs a command in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lora-unitune")
+
+
+def refused(*arguments: str | Path, folder: Path) -> str:
+    """Runs a command that has to fail: exit code 2, one line, nothing written. Returns the line."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = run(*arguments)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == 2, result.output
+    assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0]
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    return errors[0]
