@@ -4,12 +4,12 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from lora_unitune.pocket import evaluate, world
+from lora_unitune.pocket.pictures import renders
 
 
 def test_a_quarter_of_the_requests_are_pairs_never_trained_on() -> None:
@@ -28,7 +28,7 @@ def test_a_description_names_everything() -> None:
 
 def test_true_renders_are_judged_right_and_wrong_ones_wrong() -> None:
     asked = [world.draw_scene(seed + 30_000, "held-out") for seed in range(60)]
-    pictures = np.stack([np.asarray(world.render(scene)) for scene in asked])
+    pictures = renders(asked)
     rows, _ = evaluate.judge(pictures, asked)
     assert all(parts["all"]["share"] >= 0.9 for parts in rows.values())
     rows, mistaken = evaluate.judge(pictures, asked[1:] + asked[:1])

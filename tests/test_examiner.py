@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from lora_unitune.pocket import examiner, world
+from lora_unitune.pocket.pictures import renders
 
 
-def renders(count: int, split: str = "held-out") -> tuple[np.ndarray, list[world.Scene]]:
-    drawn = [world.draw_scene(seed + 20_000, split) for seed in range(count)]
-    return np.stack([np.asarray(world.render(scene)) for scene in drawn]), drawn
+def held_out(count: int) -> tuple[np.ndarray, list[world.Scene]]:
+    drawn = [world.draw_scene(seed + 20_000, "held-out") for seed in range(count)]
+    return renders(drawn), drawn
 
 
 def test_it_reads_scenes_it_never_saw() -> None:
-    pictures, drawn = renders(300)
+    pictures, drawn = held_out(300)
     scores = examiner.test(examiner.load(), pictures, drawn)
     for field in examiner.CHOICES:
         assert scores[field] >= 0.96, field  # 98 % on 1,500; 300 scatter more
@@ -31,7 +32,7 @@ def test_it_is_small_and_no_pickle() -> None:
 
 
 def test_probabilities_add_up_and_name_the_values() -> None:
-    pictures, drawn = renders(4)
+    pictures, drawn = held_out(4)
     reading = examiner.read(pictures)
     for field, values in examiner.CHOICES.items():
         assert reading.probabilities[field].shape == (4, len(values))
@@ -57,5 +58,5 @@ def test_pictures_of_another_size_are_refused() -> None:
 
 def test_training_runs(tmp_path: Path) -> None:
     network = examiner.train(tmp_path, 64, 0.005, batch=16)
-    pictures, drawn = renders(8)
+    pictures, drawn = held_out(8)
     assert 0 <= examiner.test(network, pictures, drawn)["object"] <= 1

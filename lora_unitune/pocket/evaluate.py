@@ -28,7 +28,7 @@ from lora_unitune.rare_tokens import find_rare_tokens
 from lora_unitune.recipe import default_recipe
 
 from . import examiner, world
-from .pictures import PHOTOS, round_trip_psnr
+from .pictures import PHOTOS, renders, round_trip_psnr
 
 BATCH = 16
 GALLERY = (
@@ -80,14 +80,19 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], sett
     return np.concatenate(out)
 
 
+def examine(
+    pipeline: DiffusionPipeline, count: int, settings: Any, rare_tokens: str = ""
+) -> tuple[np.ndarray, Rows, list[tuple[str, str, int]]]:
+    """Pictures of the requests, the rare tokens before each, and what `judge` says of them."""
+    prompts, asked = zip(*requests(count), strict=True)
+    texts = [f"{rare_tokens} {prompt}".strip() for prompt in prompts]
+    pictures = draw(pipeline, texts, list(range(count)), settings)
+    return pictures, *judge(pictures, list(asked))
+
+
 def shares_right(pipeline: DiffusionPipeline, count: int = 64) -> dict[str, float]:
     """Share of each attribute that the examiner reads as asked for, of a few prompts; for logs."""
-    asked = requests(count)
-    settings = default_recipe("pocket", "sd").edit
-    rows, _ = judge(
-        draw(pipeline, [prompt for prompt, _ in asked], list(range(count)), settings),
-        [scene for _, scene in asked],
-    )
+    _, rows, _ = examine(pipeline, count, default_recipe("pocket", "sd").edit)
     return {field: parts["all"]["share"] for field, parts in rows.items() if parts["all"]["of"]}
 
 
@@ -160,16 +165,12 @@ def main(
     context.obj = (base, settings)
     if context.invoked_subcommand:
         return
-    pipeline, asked = load(base), requests(prompts)
-    texts = [prompt for prompt, _ in asked]
-    if rare:
-        embeddings = pipeline.text_encoder.get_input_embeddings().weight
-        words = find_rare_tokens(pipeline.tokenizer, embeddings)
-        texts = [f"{words} {text}" for text in texts]
-    pictures = draw(pipeline, texts, list(range(prompts)), settings)
+    pipeline = load(base)
+    embeddings = pipeline.text_encoder.get_input_embeddings().weight
+    words = find_rare_tokens(pipeline.tokenizer, embeddings) if rare else ""
+    pictures, rows, mistaken = examine(pipeline, prompts, settings, words)
     if sheet:
-        grid(pictures[:64], 8, ["" for _ in range(8)]).save(sheet)
-    rows, mistaken = judge(pictures, [scene for _, scene in asked])
+        grid(pictures[:64], 8, [""] * 8).save(sheet)
     found: dict[str, Any] = {"prompts": prompts, "rare": rare, "steps": settings.steps}
     found |= {"guidance": settings.guidance, "guidance_rescale": settings.guidance_rescale}
     found |= {"read_right": rows, "mistaken": mistaken}
@@ -183,7 +184,7 @@ def vae(obj: Any) -> None:
     from skimage import data
 
     network = load(obj[0]).vae
-    drawn = np.stack([np.asarray(world.render(world.draw_scene(n, "held-out"))) for n in range(500)])
+    drawn = renders([world.draw_scene(number, "held-out") for number in range(500)])
     click.echo(f"held-out scenes {round_trip_psnr(network, drawn, 'cpu'):.2f} dB")
     values = []
     for name in ("astronaut", "coffee", "rocket", "chelsea", "immunohistochemistry", "retina"):
@@ -204,7 +205,7 @@ def diversity(obj: Any) -> None:
     """64 seeds of "a dog": spread of position and size, and distance to the nearest training scene."""
     drawn = draw(load(obj[0]), ["a dog"] * 64, list(range(64)), obj[1])
     dogs = [scene for scene in map(world.draw_scene, range(40000)) if scene.object == "dog"]
-    training = np.stack([np.asarray(world.render(scene)) for scene in dogs])
+    training = renders(dogs)
     for name, pictures in {"samples": drawn, "training": training[:500]}.items():
         reading = examiner.read(pictures)
         click.echo(f"{name}: deviation of x {reading.x.std():.3f}, of size {reading.size.std():.3f}")

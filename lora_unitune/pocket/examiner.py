@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from . import world
 from .drawing import LOOKS, PLACES
 from .muon import Muon
-from .pictures import scenes, to_pixels
+from .pictures import renders, scenes, to_pixels
 from .sprites import COLOURS, OBJECTS
 
 FILE = Path(__file__).with_name("examiner.safetensors")
@@ -118,6 +117,13 @@ def load() -> Network:
 
 
 @torch.no_grad()
+def _run(network: Network, pictures: np.ndarray) -> tuple[list[Tensor], Tensor]:
+    """What the network says of many pictures, (n, 64, 64, 3) uint8, a few at a time."""
+    batches = [network(to_pixels(pictures[s : s + 128], "cpu")) for s in range(0, len(pictures), 128)]
+    logits, places = zip(*batches, strict=True)
+    return [torch.cat(part) for part in zip(*logits, strict=True)], torch.cat(places)
+
+
 def read(pictures: np.ndarray, network: Network | None = None) -> Reading:
     """Reads pictures.
 
@@ -130,14 +136,9 @@ def read(pictures: np.ndarray, network: Network | None = None) -> Reading:
     """
     if pictures.ndim != 4 or pictures.shape[1:] != (64, 64, 3):
         raise ValueError(f"pictures have the shape {pictures.shape}; the examiner reads (n, 64, 64, 3)")
-    network, parts, places = network or load(), [], []
-    for start in range(0, len(pictures), 128):
-        logits, place = network(to_pixels(pictures[start : start + 128], "cpu"))
-        parts.append([a.softmax(1) for a in logits])
-        places.append(place)
-    found = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    x, size = torch.cat(places).numpy().T
-    return Reading(dict(zip(CHOICES, found, strict=True)), x, size)
+    logits, places = _run(network or load(), pictures)
+    x, size = places.numpy().T
+    return Reading({field: a.softmax(1).numpy() for field, a in zip(CHOICES, logits, strict=True)}, x, size)
 
 
 def _worn(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -171,9 +172,7 @@ def test(network: Network, pictures: np.ndarray, drawn: list[world.Scene]) -> di
 def _fit_temperatures(network: Network, pictures: np.ndarray, drawn: list[world.Scene]) -> None:
     """One temperature for each attribute, by likelihood on scenes never trained on (arXiv 1706.04599)."""
     numbers, _ = labels(drawn)
-    with torch.no_grad():
-        parts = [network(to_pixels(pictures[s : s + 128], "cpu"))[0] for s in range(0, len(pictures), 128)]
-    for column, logits in enumerate(torch.cat(part) for part in zip(*parts, strict=True)):
+    for column, logits in enumerate(_run(network, pictures)[0]):
         losses = {t: F.cross_entropy(logits / t, numbers[:, column], ignore_index=IGNORED).item()
                   for t in np.geomspace(0.3, 5.0, 60)}  # fmt: skip
         network.temperatures[column] = min(losses, key=lambda t: losses[t])
@@ -211,7 +210,7 @@ def train(work: Path, count: int, minutes: float, batch: int = 64) -> Network:
     network.requires_grad_(False)
     seeds = range(2 * HELD_OUT, 3 * HELD_OUT)
     held_out = [world.draw_scene(seed, "held-out") for seed in seeds]
-    _fit_temperatures(network, np.stack([np.asarray(world.render(s)) for s in held_out]), held_out)
+    _fit_temperatures(network, renders(held_out), held_out)
     return network
 
 
@@ -224,9 +223,7 @@ def main(work: Path, count: int, minutes: float) -> None:
     save_file({name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
                for name, tensor in network.state_dict().items()}, FILE)  # fmt: skip
     drawn = [world.draw_scene(seed, "held-out") for seed in range(HELD_OUT)]
-    pictures = np.stack([np.asarray(world.render(scene)) for scene in drawn])
-    scores: dict[str, Any] = {"held_out": test(load(), pictures, drawn)}
-    click.echo(json.dumps(scores, indent=1))
+    click.echo(json.dumps({"held_out": test(load(), renders(drawn), drawn)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -64,25 +64,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            rate, decay = group["lr"], group["weight_decay"]
+            wanted: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes[len(parameter), parameter.numel() // len(parameter)].append(parameter)
-            for shape, parameters in shapes.items():
-                self._update(parameters, shape, group["lr"], group["weight_decay"])
+                    shape = len(parameter), parameter.numel() // len(parameter)
+                    wanted[shape].append((parameter, self._direction(parameter, parameter.grad)))
+            for shape, pairs in wanted.items():  # matrices of one shape go through together
+                matrices = torch.stack([direction.reshape(shape) for _, direction in pairs])
+                updates = orthogonalise(matrices) * (0.2 * max(shape) ** 0.5 * rate)
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1.0 - rate * decay).sub_(update.reshape(parameter.shape))
 
-    def _update(
-        self, parameters: list[nn.Parameter], shape: tuple[int, int], rate: float, decay: float
-    ) -> None:
-        wanted = []
-        for parameter in parameters:
-            state, gradient = self.state[parameter], parameter.grad
-            if gradient is None:  # `step` leaves those out; this tells the type checker
-                continue
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
-            wanted.append(gradient.lerp(state["momentum"], MOMENTUM).reshape(shape))
-        updates = orthogonalise(torch.stack(wanted)) * (0.2 * max(shape) ** 0.5 * rate)
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1.0 - rate * decay).sub_(update.reshape(parameter.shape))
+    def _direction(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """Nesterov's momentum."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
+        return gradient.lerp(state["momentum"], MOMENTUM)

@@ -33,6 +33,11 @@ def scenes(work: Path, split: str, count: int) -> np.ndarray:
     return stored
 
 
+def renders(drawn: list[world.Scene]) -> np.ndarray:
+    """Pictures of scenes, (n, 64, 64, 3) uint8."""
+    return np.stack([np.asarray(world.render(scene)) for scene in drawn])
+
+
 def to_pixels(pictures: np.ndarray, device: str) -> Tensor:
     """(n, h, w, 3) uint8 -> (n, 3, h, w) float32 in [-1, 1]."""
     return (

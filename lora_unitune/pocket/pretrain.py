@@ -283,7 +283,7 @@ def train_unet(
         if stage.step % 500 == 0:
             row = held_out_errors(work, average, tokenizer, device)
             if stage.step % 1000 == 0:
-                row |= evaluate.shares_right(pipeline_of(work, count, average.kept, tokenizer))
+                row |= evaluate.shares_right(pipeline_of(work, scale, average.kept, tokenizer))
             stage.log(loss=float(np.mean(losses)), **row)
             losses.clear()
         stage.save(things, every=120)
@@ -291,10 +291,10 @@ def train_unet(
     stage.save(things)
 
 
-def pipeline_of(work: Path, count: int, kept: dict[str, Any], tokenizer: Any) -> StableDiffusionPipeline:
+def pipeline_of(work: Path, scale: float, kept: dict[str, Any], tokenizer: Any) -> StableDiffusionPipeline:
     """A copy of the weights so far as a pipeline on the CPU, in float32."""
     vae = load_vae(work)
-    vae.register_to_config(scaling_factor=encode_scenes(work, "train", count, "cpu")[2])
+    vae.register_to_config(scaling_factor=scale)
     parts = {name: copy.deepcopy(part).cpu() for name, part in kept.items()}
     return assemble({"vae": vae, "tokenizer": tokenizer, **parts})
 
@@ -306,7 +306,8 @@ def export(work: Path, folder: Path, count: int) -> None:
     state = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["average"]["kept"]
     for name, part in kept.items():
         part.load_state_dict(state[name])
-    save_pipeline(pipeline_of(work, count, kept, tokenizer), folder)
+    _, _, scale = encode_scenes(work, "train", count, "cpu")
+    save_pipeline(pipeline_of(work, scale, kept, tokenizer), folder)
     copy_logs(work, folder)
     write_provenance(folder, count)
 
