@@ -53,18 +53,19 @@ def _half(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=fast)
 
 
-def train_vae(work: Path, count: int, minutes: float, device: str) -> None:
+def train_vae(work: Path, count: int, minutes: float, device: str, start: Path | None) -> None:
     """The autoencoder: absolute and squared error, and a light pull of the latents to a unit Gaussian."""
     torch.manual_seed(0)
     train, held_out = scenes(work, "train", count), scenes(work, "held-out", HELD_OUT)
     photos, rng = photos_of_skimage(), random.Random(0)
     vae = build_vae().to(device, memory_format=torch.channels_last)
+    stage = Stage(work, "vae", minutes, 1e-3 if start else 2e-3, 0.6)
+    if start and not stage.file.exists():
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae", **READ).state_dict())
+        stage.go_on_counting()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = Average({"vae": vae}, 0.999)
-    stage, things = (
-        Stage(work, "vae", minutes, 2e-3, 0.6),
-        {"vae": vae, "optimizer": optimizer, "average": average},
-    )
+    things = {"vae": vae, "optimizer": optimizer, "average": average}
     stage.resume(things)
     losses: list[float] = []
     while stage.tick([optimizer], 16):
@@ -91,14 +92,6 @@ def train_vae(work: Path, count: int, minutes: float, device: str) -> None:
         stage.save(things, every=60)
     stage.log(psnr=round_trip_psnr(average.kept["vae"], held_out, device))
     stage.save(things)
-
-
-def adopt(work: Path, folder: Path) -> None:
-    """Takes over the finished VAE and the logs of earlier weights."""
-    if not (work / "vae.pt").exists():
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **READ)
-        torch.save({"average": {"kept": {"vae": vae.state_dict()}}}, work / "vae.pt")
-        copy_logs(folder, work)
 
 
 def load_vae(work: Path) -> Any:
@@ -231,7 +224,14 @@ def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -
 
 
 def train_unet(
-    work: Path, count: int, minutes: float, device: str, batch: int, peak: float, start: Path | None
+    work: Path,
+    count: int,
+    minutes: float,
+    device: str,
+    batch: int,
+    peak: float,
+    start: Path | None,
+    compiled: bool,
 ) -> None:
     """UNet and text encoder together, on latents drawn from the VAE's posteriors."""
     torch.manual_seed(0)
@@ -260,6 +260,7 @@ def train_unet(
     alphas, around = build_scheduler().alphas_cumprod.to(device), object_weights(drawn, mean.shape[-1])
     generator, losses = torch.Generator().manual_seed(stage.step), list[float]()
     batches = caption_batches(drawn, rare_words(), batch, stage.step)
+    predict = torch.compile(unet) if compiled else unet
     while stage.tick([muon, adam], batch):
         chosen, texts = next(batches)
         noise = torch.randn((2, batch, *mean.shape[1:]), generator=generator)
@@ -268,7 +269,7 @@ def train_unet(
         noisy = add_noise(clean, noise[1].to(device), steps, alphas)
         with _half(device):
             embedded = encoder(tokens(tokenizer, texts).to(device)).last_hidden_state
-            v = unet(noisy.to(memory_format=torch.channels_last), steps, embedded).sample
+            v = predict(noisy.to(memory_format=torch.channels_last), steps, embedded).sample
         target = training_target(clean, noise[1].to(device), steps, alphas, "v_prediction")
         error = ((v.float() - target).square() * around[chosen].to(device)).mean((1, 2, 3))
         loss = (error * weights_of_timesteps(steps, alphas)).mean()
@@ -326,9 +327,12 @@ def main() -> None:
 @click.option("--peak", default=1.2e-3, show_default=True, help="Highest learning rate of the UNet.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
+    "--compile", "compiled", is_flag=True, help="Compile the UNet: minutes, which pay in long runs."
+)
+@click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
-    help="Folder of earlier weights: their VAE stays, UNet and text encoder learn on.",
+    help="Folder of earlier weights, which learn on for the given minutes; 0 leaves the VAE as it is.",
 )
 def run_all(
     work: Path,
@@ -339,15 +343,15 @@ def run_all(
     peak: float,
     device: str,
     start: Path | None,
+    compiled: bool,
 ) -> None:
     """Draws the scenes and runs every stage, going on where it stopped."""
     work.mkdir(parents=True, exist_ok=True)
     scenes(work, "train", count)
-    if start:
-        adopt(work, start)
-    else:
-        train_vae(work, count, vae_minutes, device)
-    train_unet(work, count, unet_minutes, device, batch, peak, start)
+    if start and not (work / "vae.jsonl").exists():
+        copy_logs(start, work)
+    train_vae(work, count, vae_minutes, device, start)
+    train_unet(work, count, unet_minutes, device, batch, peak, start, compiled)
 
 
 @main.command("export")
