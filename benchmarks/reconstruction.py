@@ -9,24 +9,20 @@ is the best that the base can draw; "before" is the same sample without the adap
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import click
-import diffusers
 import numpy as np
-import peft
-import torch
 
-from lora_unitune import Editor, __version__, fit
+from lora_unitune import Editor, fit
 from lora_unitune.output import write_atomically
 from lora_unitune.pocket.world import draw_scene, render
 from lora_unitune.recipe import default_recipe
 from lora_unitune.score import psnr
+
+from .origin import origin
 
 
 def measure(editor: Editor, number: int, overrides: tuple[str, ...], folder: Path) -> dict[str, float]:
@@ -60,18 +56,6 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {name: round(float(value), 3) for name, value in found.items()}
 
 
-def _origin(overrides: tuple[str, ...], device: torch.device) -> dict[str, Any]:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    versions = {"lora_unitune": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "versions": {**versions, "peft": peft.__version__, "python": platform.python_version()},
-        "device": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "overrides": list(overrides),
-    }
-
-
 @click.command(help=__doc__)
 @click.option(
     "--scenes", default=20, show_default=True, type=click.IntRange(2), help="Held-out scenes to fit."
@@ -94,7 +78,8 @@ def main(scenes: int, first: int, base: str, overrides: tuple[str, ...], output:
         click.echo(f"{name:<14}" + "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
     if output:
         text = json.dumps(
-            {**_origin(overrides, editor.base.device), "summary": summary, "scenes": rows}, indent=1
+            {**origin(editor.base.device), "overrides": list(overrides), "summary": summary, "scenes": rows},
+            indent=1,
         )
         write_atomically(output, lambda file: file.write_text(text + "\n"), overwrite=True)
 

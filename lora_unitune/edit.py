@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,33 +242,33 @@ class Editor:
     def pixels(
         self,
         adapter: Adapter | None,
-        text: str,
+        texts: Sequence[str],
         negative_prompt: str,
         photo_latents: Tensor | None,
-        seed: int,
+        seeds: Sequence[int],
         settings: EditSettings,
     ) -> Tensor:
-        """Samples an image, with nothing added to the prompt and no default filled in.
+        """Samples images together, with nothing added to the prompts and no default filled in.
 
         Args:
             adapter: None is the plain base.
-            text: the whole prompt, rare tokens included.
+            texts: the whole prompts, rare tokens included.
             negative_prompt: of the other branch of guidance.
             photo_latents: (1, c, h, w) scaled latents to start from; None when strength is 1.
-            seed: of the noise.
+            seeds: of the noise, one for each text.
             settings: the sampler's.
 
         Returns:
-            (1, 3, height, width) float32 in [0, 1].
+            (texts, 3, height, width) float32 in [0, 1].
         """
         self._mount.use(adapter, settings.adapter_scale)
-        conditional, _ = self._embed(text)
+        conditional = torch.cat([self._embed(text)[0] for text in texts])
         unconditional, _ = self._embed(negative_prompt)
         if settings.unconditional == "base":
             with adapters.adapters_disabled(self.base):
                 unconditional, _ = self._embed(negative_prompt)
         shape = self.base.latent_shape(adapter.resolution if adapter else 0)
-        latents = sample(self.base, shape, conditional, unconditional, photo_latents, seed, settings)
+        latents = sample(self.base, shape, conditional, unconditional, photo_latents, seeds, settings)
         return self.base.decode(latents)
 
     def _run(
@@ -290,7 +291,7 @@ class Editor:
         if negative_prompt and settings.guidance == 1:
             notes.append("guidance is 1, so the negative prompt has no effect")
         latents, origin = self._start(adapter, photo, settings, notes)
-        image = _to_image(self.pixels(adapter, text, negative_prompt, latents, seed, settings))
+        image = _to_image(self.pixels(adapter, [text], negative_prompt, latents, [seed], settings))
         record = {
             "lora_unitune": __version__,
             "torch": torch.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def sample(
     conditional: Tensor,
     unconditional: Tensor,
     photo_latents: Tensor | None,
-    seed: int,
+    seeds: Sequence[int],
     settings: EditSettings,
 ) -> Tensor:
     """Samples latents with the base's own sampler, from noise or from the noised photo (SDEdit, 2108.01073).
@@ -30,17 +31,18 @@ def sample(
     Args:
         base: with its adapter in place.
         shape: (channels, h, w) of the latents.
-        conditional: (1, L, width), the prompt's embeddings.
+        conditional: (b, L, width), the prompts' embeddings.
         unconditional: (1, L, width), those of the negative or empty prompt.
         photo_latents: (1, channels, h, w), scaled; used when strength is below 1.
-        seed: of the generator that draws the noise, on the CPU.
+        seeds: one for each prompt, of the generator that draws its noise, on the CPU.
         settings: the sampler's.
 
     Returns:
-        (1, channels, h, w) float32, scaled latents.
+        (b, channels, h, w) float32, scaled latents.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noise = torch.randn((1, *shape), generator=generator).to(base.device)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+    noise, unconditional = noise.to(base.device), unconditional.expand_as(conditional)
     scheduler = base.make_scheduler()
     scheduler.set_timesteps(settings.steps, device=base.device)
     timesteps = scheduler.timesteps
@@ -53,9 +55,9 @@ def sample(
         timesteps = timesteps[first:]
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
-        latents = scheduler.add_noise(photo_latents, noise, timesteps[:1])
+        latents = scheduler.add_noise(photo_latents.expand_as(noise), noise, timesteps[:1])
     draws = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if draws else {}
+    options = {"generator": generators} if draws else {}
     for timestep in timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         prediction = _guided_prediction(base, scaled, timestep, conditional, unconditional, settings)
@@ -71,8 +73,8 @@ def _guided_prediction(
     unconditional: Tensor,
     settings: EditSettings,
 ) -> Tensor:
-    """Returns the prediction (1, c, h, w) for one step, with guidance where its weight isn't 1."""
-    timesteps = timestep.reshape(1)
+    """Returns the prediction (b, c, h, w) for one step, with guidance where its weight isn't 1."""
+    timesteps = timestep.expand(len(latents))
     if settings.guidance == 1:
         return base.predict(latents, timesteps, conditional)
     if settings.unconditional == "base":

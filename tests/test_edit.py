@@ -61,7 +61,7 @@ def test_a_plain_pipeline_gives_the_same_image(
     path = tmp_path / "photo.safetensors"
     adapter = saved_and_loaded(make_adapter(base), path)
     settings = replace(EDIT, strength=1.0, guidance=5.0, guidance_rescale=0.7)
-    ours = Editor(base).pixels(adapter, "zqrt ohwx a fox", negative_prompt, None, 3, settings)
+    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], negative_prompt, None, [3], settings)
     capfd.readouterr()
     pipeline = plain_pipeline(StableDiffusionPipeline, base, folder, path)
     written = capfd.readouterr()
@@ -92,7 +92,7 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
     path = tmp_path / "photo.safetensors"
     adapter = saved_and_loaded(make_adapter(base), path)
     settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
-    ours = Editor(base).pixels(adapter, "zqrt ohwx a fox", "", adapter.photo_latents, 3, settings)
+    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
     theirs = plain_pipeline(StableDiffusionImg2ImgPipeline, base, folder, path)(
         "zqrt ohwx a fox",
         image=adapter.photo_latents,
@@ -117,7 +117,7 @@ def test_other_samplers_agree_too(tiny_sd15: Path, tmp_path: Path, kind: Any, st
     adapter = saved_and_loaded(make_adapter(base), path)
     settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
     start = adapter.photo_latents if strength < 1 else None
-    ours = Editor(base).pixels(adapter, "zqrt ohwx a fox", "", start, 3, settings)
+    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", start, [3], settings)
     image_to_image = {"image": start, "strength": strength} if strength < 1 else {}
     plain = StableDiffusionImg2ImgPipeline if strength < 1 else StableDiffusionPipeline
     theirs = plain_pipeline(plain, base, tmp_path / "base", path)(
@@ -197,23 +197,23 @@ def test_an_adapter_of_the_same_layout_is_exchanged_in_place(base15: Base, edito
 
 def test_adapter_scale_0_is_the_plain_base(base15: Base, editor: Editor, adapter: Adapter) -> None:
     settings = replace(EDIT, strength=1.0, adapter_scale=0.0)
-    plain = editor.pixels(None, "a fox", "", None, 0, settings)
+    plain = editor.pixels(None, ["a fox"], "", None, [0], settings)
     for made in (adapter, make_full_adapter(base15)):
-        assert torch.equal(editor.pixels(made, "a fox", "", None, 0, settings), plain)
-        scaled = editor.pixels(made, "a fox", "", None, 0, replace(settings, adapter_scale=1.0))
+        assert torch.equal(editor.pixels(made, ["a fox"], "", None, [0], settings), plain)
+        scaled = editor.pixels(made, ["a fox"], "", None, [0], replace(settings, adapter_scale=1.0))
         assert not torch.equal(scaled, plain)
 
 
 def test_the_base_can_predict_the_empty_prompt(editor: Editor, adapter: Adapter) -> None:
     settings = replace(EDIT, strength=1.0, guidance_rescale=0.0)
-    with_adapter = editor.pixels(adapter, "zqrt a fox", "", None, 0, settings)
-    with_base = editor.pixels(adapter, "zqrt a fox", "", None, 0, replace(settings, unconditional="base"))
+    with_adapter = editor.pixels(adapter, ["zqrt a fox"], "", None, [0], settings)
+    with_base = editor.pixels(adapter, ["zqrt a fox"], "", None, [0], replace(settings, unconditional="base"))
     assert not torch.equal(with_adapter, with_base)
-    assert torch.equal(with_adapter, editor.pixels(adapter, "zqrt a fox", "", None, 0, settings))
+    assert torch.equal(with_adapter, editor.pixels(adapter, ["zqrt a fox"], "", None, [0], settings))
     unscaled = replace(settings, adapter_scale=0.0)
     torch.testing.assert_close(
-        editor.pixels(adapter, "zqrt a fox", "", None, 0, unscaled),
-        editor.pixels(adapter, "zqrt a fox", "", None, 0, replace(unscaled, unconditional="base")),
+        editor.pixels(adapter, ["zqrt a fox"], "", None, [0], unscaled),
+        editor.pixels(adapter, ["zqrt a fox"], "", None, [0], replace(unscaled, unconditional="base")),
         atol=1e-4,
         rtol=0,
     )
@@ -242,7 +242,7 @@ def test_reconstruct_is_the_rare_tokens_from_noise_without_guidance(
     assert edit.prompt == adapter.rare_tokens
     assert (edit.settings["strength"], edit.settings["guidance"], edit.settings["photo"]) == (1.0, 1.0, None)
     settings = replace(EDIT, strength=1.0, guidance=1.0)
-    sampled = editor.pixels(adapter, adapter.rare_tokens, "", None, 2, settings)
+    sampled = editor.pixels(adapter, [adapter.rare_tokens], "", None, [2], settings)
     assert np.abs(pixels(edit.image) / 255 - sampled[0].permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
 
 

@@ -81,7 +81,7 @@ def test_plain_diffusers_draws_the_same(editor: Editor, adapter: Adapter, file: 
         text, latents=noise, num_inference_steps=6, guidance_scale=5.0, guidance_rescale=0.7, output_type="np"
     ).images[0]
     settings = EditSettings(steps=6, guidance=5.0, guidance_rescale=0.7, strength=1.0)
-    ours = editor.pixels(adapter, text, "", None, 7, settings)[0].permute(1, 2, 0).numpy()
+    ours = editor.pixels(adapter, [text], "", None, [7], settings)[0].permute(1, 2, 0).numpy()
     assert np.abs(drawn - ours).max() <= 1e-4
 
 

@@ -1,0 +1,103 @@
+"""Methods that edit photos with words, compared where the edited picture is known.
+
+    python -m benchmarks.counterfactual --methods lora,full,sdedit --pairs 240 --seeds 3 --out FOLDER
+    python -m benchmarks.counterfactual tune --methods lora,full,sdedit --pairs 24 --trials 12
+
+The first runs the methods on the same photos, prompts and noise (going on where it stopped) and writes
+results.json, table.md, plots and a contact sheet of the first 16 pairs into FOLDER. The second chooses the
+dials of each method, by the same number of trials for each, on photos of their own list, and keeps them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_unitune.families import load_base
+
+from ..origin import origin
+from .methods import METHODS
+from .pairs import draw_pairs
+from .report import contact_sheet, plot, summarise, table
+from .run import DIALS, run, split_name, tune
+
+TRIALS = DIALS.with_name("trials.json")
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    for name in names:
+        split_name(name)
+    return names
+
+
+_methods = click.option(
+    "--methods",
+    default=",".join(METHODS),
+    callback=_names,
+    show_default=True,
+    metavar="NAME,NAME",
+    help="Also lora@40 and full@40: as tuned, but fits of 40 steps.",
+)
+_base = click.option("--base", default="pocket", show_default=True)
+_device = click.option("--device", default="auto", show_default=True)
+
+
+@click.group(help=__doc__, invoke_without_command=True)
+@_methods
+@click.option(
+    "--pairs", "count", default=240, show_default=True, type=click.IntRange(1), help="Six for each photo."
+)
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for pictures and results."
+)
+@_base
+@_device
+@click.pass_context
+def main(
+    context: click.Context,
+    methods: list[str],
+    count: int,
+    seeds: int,
+    out: Path | None,
+    base: str,
+    device: str,
+) -> None:
+    if context.invoked_subcommand:
+        return
+    if out is None:
+        raise click.UsageError("give a folder for the results: --out FOLDER")
+    pairs = draw_pairs("test", count)
+    run(out, methods, pairs, seeds, base, device)
+    found = summarise(out, methods, pairs, seeds)
+    made = origin(load_base(base, device).device) | {"pairs": count, "seeds": seeds, "base": base}
+    (out / "results.json").write_text(json.dumps({**made, "methods": found}, indent=1) + "\n")
+    (out / "table.md").write_text(table(found))
+    plot(found, json.loads(TRIALS.read_text()) if TRIALS.exists() else {}, out)
+    contact_sheet(out, methods, pairs).save(out / "contact-sheet.png", optimize=True)
+    click.echo(table(found))
+
+
+@main.command("tune")
+@_methods
+@click.option("--pairs", "count", default=24, show_default=True, type=click.IntRange(1))
+@click.option("--trials", default=12, show_default=True, type=click.IntRange(1))
+@_base
+@_device
+def run_tune(methods: list[str], count: int, trials: int, base: str, device: str) -> None:
+    """Chooses each method's dials on the tuning list."""
+    for name in methods:
+        if not METHODS[name].grid:
+            continue
+        rows = tune(name, count, trials, base, device)
+        for file, value in ((DIALS, rows[0]["dials"]), (TRIALS, rows)):
+            kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps(kept | {name: value}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""The methods that are compared, each behind the same three calls.
+
+Every method gets the photo and the prompts as a person would type them, and no caption of the photo. The
+noise of a pair is drawn from the pair's own seed, the same for all methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+
+from lora_unitune import Editor, fit
+from lora_unitune.guidance import classifier_free_guidance, rescale_guidance
+from lora_unitune.objective import add_noise, stratified_timesteps, training_target
+from lora_unitune.photo import load_photo, photo_to_tensor
+from lora_unitune.pocket.world import render
+from lora_unitune.recipe import EditSettings, default_recipe
+from lora_unitune.sampling import sample
+
+from .pairs import Pair
+
+Dials = dict[str, Any]
+RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
+STEPS = 25
+
+
+class Method(Protocol):
+    """A way to edit a photo with words.
+
+    Attributes:
+        grid: values that tuning may try for each dial; the first of each is the default.
+    """
+
+    grid: dict[str, tuple[Any, ...]]
+
+    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
+        """What is computed once for a photo, or None. The editor's base is left as it was."""
+        ...
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        """Edits of one photo, (n, 64, 64, 3) uint8; seeds are those of the noise, one for each pair."""
+        ...
+
+
+class Unfitted:
+    """What methods share that compute nothing beforehand."""
+
+    grid: dict[str, tuple[Any, ...]] = {}
+
+    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
+        return None
+
+
+@dataclass
+class UniTune:
+    """This project's fit and edit; dials named with a dot are settings of the fit's recipe.
+
+    Attributes:
+        overrides: of the default recipe, as `--set` takes them.
+        grid: see `Method`.
+    """
+
+    overrides: tuple[str, ...] = ()
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        edit = default_recipe("pocket", "sd").edit
+        self.grid = {
+            "adapter_scale": (edit.adapter_scale, 0.2, 0.3, 0.5, 0.6, 0.8, 1.0),
+            "guidance": (edit.guidance, 2.0, 3.0, 5.0, 7.0),
+            "strength": (edit.strength, 0.6, 0.7, 0.8, 0.9, 1.0),
+            "unconditional": (edit.unconditional, "adapter"),
+        } | self.grid
+
+    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
+        settings = [f"{name}={value}" for name, value in dials.items() if "." in name]
+        recipe = default_recipe("pocket", "sd").override([*self.overrides, *settings])
+        editor.release()
+        return fit(photo, base=editor.base, recipe=recipe, seed=seed)
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        chosen = {name: value for name, value in dials.items() if "." not in name}
+        settings = dataclasses.replace(fitted.recipe.edit, steps=STEPS, **chosen)
+        texts = [f"{fitted.rare_tokens} {pair.truth.prompt}" for pair in pairs]
+        start = fitted.photo_latents if settings.strength < 1 else None
+        return to_bytes(editor.pixels(fitted, texts, "", start, seeds, settings))
+
+
+class SDEdit(Unfitted):
+    """The noised photo, denoised with the prompt (arXiv 2108.01073)."""
+
+    grid = {"strength": (0.7, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9), "guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        settings = EditSettings(steps=STEPS, guidance_rescale=RESCALE, **dials)
+        start = photo_latents(editor, pairs) if settings.strength < 1 else None
+        texts = [pair.truth.prompt for pair in pairs]
+        return to_bytes(editor.pixels(None, texts, "", start, seeds, settings))
+
+
+class TextToImage(SDEdit):
+    """The prompt alone: what the base draws that never saw the photo."""
+
+    grid = {"guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        return super().edit(editor, fitted, pairs, seeds, {**dials, "strength": 1.0})
+
+
+class DDIMInversion(Unfitted):
+    """The photo's latents taken back to noise without a prompt, then denoised with one (arXiv 2010.02502).
+
+    Attributes:
+        grid: `strength` is the share of the steps that are taken back.
+    """
+
+    grid = {"strength": (0.7, 0.4, 0.5, 0.6, 0.8, 0.9), "guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
+
+    @torch.no_grad()
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        editor.release()
+        base, count = editor.base, int(STEPS * dials["strength"])
+        steps = [-1, *(round(1000 * (i + 1) / STEPS) - 1 for i in range(count))]  # -1: no noise
+        empty, texts = embeddings(editor, [""]), embeddings(editor, [pair.truth.prompt for pair in pairs])
+        latents = photo_latents(editor, pairs)
+        for now, after in zip(steps, steps[1:], strict=False):
+            predicted = base.predict(latents, torch.tensor([max(now, 0)]), empty)
+            latents = ddim_step(base, latents, predicted, now, after)
+        latents, nothing = latents.repeat(len(pairs), 1, 1, 1), empty.expand_as(texts)
+        for now, after in zip(steps[:0:-1], steps[-2::-1], strict=True):
+            without, prompted = base.predict(
+                torch.cat([latents] * 2), torch.full((2 * len(pairs),), now), torch.cat([nothing, texts])
+            ).chunk(2)
+            guided = classifier_free_guidance(without, prompted, dials["guidance"])
+            latents = ddim_step(base, latents, rescale_guidance(guided, prompted, RESCALE), now, after)
+        return to_bytes(base.decode(latents))
+
+
+class NoiseUNet(UNet2DConditionModel):
+    """A UNet that predicts v, asked for the noise instead (arXiv 2202.00512, appendix D)."""
+
+    alphas: Tensor
+
+    def forward(self, sample: Tensor, timestep: Any, *others: Any, **named: Any) -> UNet2DConditionOutput:
+        alpha = self.alphas[torch.as_tensor(timestep)].to(sample).reshape(-1, 1, 1, 1)
+        predicted = super().forward(sample, timestep, *others, **named).sample
+        return UNet2DConditionOutput(sample=alpha.sqrt() * predicted + (1 - alpha).sqrt() * sample)
+
+
+class LEdits:
+    """LEDITS++ (arXiv 2311.16711), by diffusers' own pipeline and its default sampler and masks."""
+
+    grid = {
+        "skip": (0.15, 0.05, 0.25, 0.35, 0.5),
+        "edit_guidance_scale": (5.0, 2.0, 3.0, 7.0, 10.0, 15.0),
+        "edit_threshold": (0.9, 0.0, 0.25, 0.5, 0.75),
+    }
+
+    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
+        editor.release()
+        unet = copy.deepcopy(editor.base.parts["unet"])  # the pipeline puts its own attention into it
+        if editor.base.prediction_type == "v_prediction":
+            unet.__class__ = NoiseUNet
+            unet.alphas = editor.base.alphas_cumprod
+        scheduler = editor.base.make_scheduler().config
+        pipeline = LEditsPPPipelineStableDiffusion(
+            vae=editor.base.vae,
+            text_encoder=editor.base.parts["text_encoder"],
+            tokenizer=editor.base.tokenizer,
+            unet=unet,
+            scheduler=DPMSolverMultistepScheduler.from_config(
+                scheduler, prediction_type="epsilon", algorithm_type="sde-dpmsolver++", solver_order=2
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        return np.stack([self._edit(fitted, *one, dials) for one in zip(pairs, seeds, strict=True)])
+
+    def _edit(self, pipeline: Any, pair: Pair, seed: int, dials: Dials) -> np.ndarray:
+        generator, photo = torch.Generator().manual_seed(seed), render(pair.before)
+        pipeline.invert(photo, num_inversion_steps=STEPS, skip=dials["skip"], generator=generator)
+        chosen = {name: value for name, value in dials.items() if name != "skip"}
+        edited = pipeline(editing_prompt=[pair.truth.prompt], generator=generator, **chosen)
+        return np.asarray(edited.images[0])
+
+
+class Imagic(Unfitted):
+    """Imagic (arXiv 2210.09276): tune the prompt's embedding, then the UNet, then mix the embeddings.
+
+    It fits every pair anew, since its embedding starts from the prompt.
+    """
+
+    grid = {
+        "mix": (0.7, 0.5, 0.6, 0.8, 0.9, 1.0),
+        "guidance": (3.0, 2.0, 4.0, 5.0),
+        "strength": (1.0, 0.9),
+    }
+    embedding_steps, embedding_rate, unet_steps, unet_rate, batch = 60, 2e-3, 80, 2e-4, 4
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        editor.release()
+        return np.concatenate([self._edit(editor, *one, dials) for one in zip(pairs, seeds, strict=True)])
+
+    def _edit(self, editor: Editor, pair: Pair, seed: int, dials: Dials) -> np.ndarray:
+        base, unet = editor.base, editor.base.parts["unet"]
+        mean, std = base.encode_photo(photo_to_tensor(load_photo(render(pair.before), base.resolution)))
+        wanted = embeddings(editor, [pair.truth.prompt])
+        found = wanted.clone().requires_grad_(True)
+        generator = torch.Generator().manual_seed(seed)
+        descend(editor, [found], self.embedding_rate, self.embedding_steps, found, mean, std, generator)
+        found = found.detach()
+        with trainable(unet):
+            weights = list(unet.parameters())
+            descend(editor, weights, self.unet_rate, self.unet_steps, found, mean, std, generator)
+            with torch.no_grad():
+                return self._sample(editor, found.lerp(wanted, dials["mix"]), mean, seed, dials)
+
+    def _sample(self, editor: Editor, mixed: Tensor, mean: Tensor, seed: int, dials: Dials) -> np.ndarray:
+        strength = dials["strength"]
+        settings = EditSettings(
+            steps=STEPS, guidance_rescale=RESCALE, guidance=dials["guidance"], strength=strength
+        )
+        start = mean if strength < 1 else None
+        shape = editor.base.latent_shape()
+        return to_bytes(editor.base.decode(
+            sample(editor.base, shape, mixed, embeddings(editor, [""]), start, [seed], settings)
+        ))  # fmt: skip
+
+
+class ReturnPhoto(Unfitted):
+    """The photo as it was: keeps everything, changes nothing."""
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        return np.stack([np.asarray(render(pair.before)) for pair in pairs])
+
+
+class Truth(Unfitted):
+    """The true edited picture: the measures' own ceiling."""
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        return np.stack([np.asarray(render(pair.truth.scene)) for pair in pairs])
+
+
+class TruthThroughVAE(Truth):
+    """The true edited picture after the base's autoencoder: the most that any method can reach."""
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        photos = [load_photo(render(pair.truth.scene), editor.base.resolution) for pair in pairs]
+        latents = [editor.base.encode_photo(photo_to_tensor(photo))[0] for photo in photos]
+        return to_bytes(editor.base.decode(torch.cat(latents)))
+
+
+FULL = ("fit.method=full", "fit.unet_learning_rate=3e-4", "fit.text_encoder_learning_rate=5e-5")
+METHODS: dict[str, Method] = {
+    "lora": UniTune(),
+    "lora-rank1": UniTune(("lora.unet_rank=1", "lora.unet_alpha=1")),
+    "lora-rank8": UniTune(("lora.unet_rank=8", "lora.unet_alpha=8")),
+    "lora-unet": UniTune(("lora.text_encoder_rank=0",)),
+    "full": UniTune(FULL),
+    "sdedit": SDEdit(),
+    "ddim-inversion": DDIMInversion(),
+    "ledits++": LEdits(),
+    "imagic": Imagic(),
+    "text-to-image": TextToImage(),
+    "photo": ReturnPhoto(),
+    "truth": Truth(),
+    "truth-vae": TruthThroughVAE(),
+}
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """(n, 3, h, w) in [0, 1] -> (n, h, w, 3) uint8."""
+    return (pixels.permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()
+
+
+@torch.no_grad()
+def embeddings(editor: Editor, texts: Sequence[str]) -> Tensor:
+    """(n, L, width) of texts, by the base as it is now."""
+    return torch.cat([editor.base.embed(editor.base.tokenize(text)[0]) for text in texts])
+
+
+def photo_latents(editor: Editor, pairs: Sequence[Pair]) -> Tensor:
+    """(1, c, h, w), scaled, of the photo that the pairs share."""
+    photo = load_photo(render(pairs[0].before), editor.base.resolution)
+    return editor.base.encode_photo(photo_to_tensor(photo))[0]
+
+
+def ddim_step(base: Any, latents: Tensor, predicted: Tensor, now: int, after: int) -> Tensor:
+    """DDIM without fresh noise (arXiv 2010.02502, equation 13), either way, for a base that predicts v.
+
+    Args:
+        base: for its noise schedule.
+        latents: (b, c, h, w) at timestep `now`.
+        predicted: v, same shape.
+        now: timestep; -1 is the clean picture.
+        after: timestep to go to, likewise.
+    """
+    here, there = (1.0 if t < 0 else float(base.alphas_cumprod[t]) for t in (now, after))
+    clean = here**0.5 * latents - (1 - here) ** 0.5 * predicted
+    noise = here**0.5 * predicted + (1 - here) ** 0.5 * latents
+    return there**0.5 * clean + (1 - there) ** 0.5 * noise
+
+
+def descend(
+    editor: Editor,
+    weights: Sequence[Tensor],
+    rate: float,
+    steps: int,
+    embedding: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Adam on the denoising loss of one photo, given an embedding (1, L, width)."""
+    base, batch = editor.base, Imagic.batch
+    optimizer = torch.optim.Adam(list(weights), lr=rate)
+    alphas = base.alphas_cumprod.to(base.device)
+    for _ in range(steps):
+        drawn = torch.randn((2, batch, *mean.shape[1:]), generator=generator).to(base.device)
+        steps_ = stratified_timesteps(batch, len(alphas), generator).to(base.device)
+        clean = mean + std * drawn[0]
+        target = training_target(clean, drawn[1], steps_, alphas, base.prediction_type)
+        noised = add_noise(clean, drawn[1], steps_, alphas)
+        loss = F.mse_loss(base.predict(noised, steps_, embedding.expand(batch, -1, -1)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def trainable(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the `with` block the weights learn; afterwards they are as they were, to the bit."""
+    kept = [weight.detach().clone() for weight in module.parameters()]
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        module.requires_grad_(False)
+        with torch.no_grad():
+            for weight, before in zip(module.parameters(), kept, strict=True):
+                weight.copy_(before)
+                weight.grad = None

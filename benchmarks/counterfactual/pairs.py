@@ -1,0 +1,92 @@
+"""The benchmark's pairs: a photo, an edit prompt, and the picture that should come out."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from lora_unitune.pocket import world
+from lora_unitune.pocket.drawing import LOOKS, PLACES
+from lora_unitune.pocket.examiner import has_colour
+from lora_unitune.pocket.sprites import COLOURS, OBJECTS
+
+FIRST_SEED = {"test": 50_000, "tuning": 60_000}
+"""Held-out scenes of the two lists: no other command of this project fits, tunes on or measures these."""
+SIZE_OF_KIND = {
+    "object": "large",
+    "place": "large",
+    "time": "global",
+    "look": "global",
+    "colour": "local",
+    "companion": "local",
+    "x": "layout",
+    "size": "layout",
+}
+EDITS_OF_PHOTO = 6
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One edit of one photo.
+
+    Attributes:
+        photo: number of its photo in its list.
+        before: the photo's scene.
+        kind: the field that changes, one of `SIZE_OF_KIND`.
+        truth: the edited scene, the prompt that asks for it, and the mask of pixels that truly differ.
+    """
+
+    photo: int
+    before: world.Scene
+    kind: str
+    truth: world.Counterfactual
+
+
+def scenes(split: str, count: int) -> list[world.Scene]:
+    """The first photos of a list: held-out scenes without a second thing in them."""
+    found: list[world.Scene] = []
+    seed = FIRST_SEED[split]
+    while len(found) < count:
+        scene = world.draw_scene(seed, "held-out")
+        if not scene.companion:
+            found.append(scene)
+        seed += 1
+    return found
+
+
+def changes(scene: world.Scene, rng: random.Random) -> list[world.Change]:
+    """Six edits of a photo: object, place, time, look, something local, and its layout."""
+
+    def other(field: str, values: tuple[str, ...]) -> world.Change:
+        return world.Change(field, rng.choice([v for v in values if v != getattr(scene, field)]))
+
+    if has_colour(scene):
+        local = other("colour", tuple(COLOURS))
+    else:
+        local = other("companion", tuple(c for c in world.COMPANIONS if c != scene.object))
+    if rng.random() < 0.5:
+        far = {"left": world.CENTRES[0], "middle": 0.5, "right": world.CENTRES[-1]}
+        layout = world.Change("x", rng.choice([x for side, x in far.items() if side != scene.side]))
+    else:
+        far = {"small": world.SIZES[0], "big": world.SIZES[-1]}
+        layout = world.Change(
+            "size", rng.choice([size for scale, size in far.items() if scale != scene.scale])
+        )
+    return [
+        other("object", OBJECTS),
+        other("place", tuple(PLACES)),
+        other("time", world.TIMES),
+        other("look", tuple(LOOKS)),
+        local,
+        layout,
+    ]
+
+
+def draw_pairs(split: str, count: int) -> list[Pair]:
+    """The first `count` pairs of a list, "test" or "tuning"; a longer list begins with the shorter one."""
+    found = []
+    for number, scene in enumerate(scenes(split, -(-count // EDITS_OF_PHOTO))):
+        rng = random.Random(f"{split} {number}")
+        found += [Pair(number, scene, change.field, world.counterfactual(scene, change))
+                  for change in changes(scene, rng)]  # fmt: skip
+    return found[:count]

@@ -1,0 +1,203 @@
+"""A run's pictures -> one JSON, a Markdown table, plots and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lora_unitune.pocket.world import render
+
+from .measures import MEASURES, interval, measure
+from .pairs import SIZE_OF_KIND, Pair
+from .run import read
+
+RIVAL = "sdedit"
+COSTS = {
+    "fit_seconds": "s to fit",
+    "edit_seconds": "s an edit",
+    "peak_bytes": "peak bytes",
+    "trained_parameters": "trained parameters",
+    "optimizer_bytes": "optimizer bytes",
+    "file_bytes": "file bytes",
+    "load_seconds": "s to load",
+}
+TIMES = ("fit_seconds", "edit_seconds", "load_seconds", "fit_peak_bytes", "peak_bytes")
+"""The only fields that differ between two runs with the same seeds."""
+
+
+def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: int) -> dict[str, Any]:
+    """Every method's measures with their intervals, in all and by size of the edit, preferences and costs."""
+    sizes = np.array([SIZE_OF_KIND[pair.kind] for pair in pairs])
+    parts = {"all": sizes != ""} | {size: sizes == size for size in dict.fromkeys(SIZE_OF_KIND.values())}
+    parts = {part: chosen for part, chosen in parts.items() if chosen.any()}
+    values, found = {}, {}
+    for name in names:
+        pictures, costs = read(folder, name, pairs, seeds)
+        rows = [measure(pairs, pictures[:, seed]) for seed in range(seeds)]
+        values[name] = {
+            field: np.array([[row[field] for row in one] for one in rows]).T for field in MEASURES
+        }
+        found[name] = {
+            "settings": json.loads((folder / name / "settings.json").read_text()),
+            "measures": {part: {field: _rounded(interval(values[name][field][chosen])) for field in MEASURES}
+                         for part, chosen in parts.items()},
+            "cost": {field: _middle([row[field] for row in costs if row.get(field) is not None])
+                     for field in COSTS},
+        }  # fmt: skip
+    for name in names:
+        found[name]["nearer_than_sdedit"] = {
+            part: _rounded(interval(_preferred(values[name], values[RIVAL])[chosen]))
+            for part, chosen in parts.items()
+        } if RIVAL in names else None  # fmt: skip
+        found[name]["success_minus_full"] = {
+            part: _rounded(interval((values[name]["success"] - values["full"]["success"])[chosen]))
+            for part, chosen in parts.items()
+        } if "full" in names else None  # fmt: skip
+    return found
+
+
+def _preferred(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> np.ndarray:
+    """1 where ours is nearer to the true picture than theirs, 0 where not, one half where equal."""
+    return (np.sign(ours["psnr_truth"] - theirs["psnr_truth"]) + 1) / 2
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(value) else round(value, 4) for value in values]
+
+
+def _middle(values: list[float]) -> dict[str, float] | None:
+    """Median and range."""
+    if not values:
+        return None
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values)}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: measures with their intervals, then costs."""
+    heads = ["method", "aligned %", "preserved %", "success %", "nearer than SDEdit %", "PSNR to the truth",
+             "PSNR outside the mask", "SSIM outside the mask"]  # fmt: skip
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for name, row in found.items():
+        of, nearer = row["measures"]["all"], (row["nearer_than_sdedit"] or {}).get("all")
+        cells = [_cell(of[field], 100) for field in ("aligned", "preserved", "success")] + [
+            _cell(nearer, 100)
+        ]
+        cells += [_cell(of["psnr_truth"]), _cell(of["psnr_outside"]), _cell(of["ssim_outside"], digits=3)]
+        lines.append(" | ".join([name, *cells]))
+    measures = "\n".join(f"| {line} |" for line in lines)
+    heads = ["method", *COSTS.values()]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for name, row in found.items():
+        cells = [f"{row['cost'][field]['median']:,.4g}" if row["cost"][field] else "" for field in COSTS]
+        lines.append(" | ".join([name, *cells]))
+    by_size = "\n".join(_by_size(found))
+    return measures + "\n\n" + by_size + "\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _by_size(found: dict[str, Any]) -> list[str]:
+    sizes = list(next(iter(found.values()))["measures"])[1:]
+    heads = ["method", *(f"success, {size} %" for size in sizes), *(f"nearer, {size} %" for size in sizes)]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for name, row in found.items():
+        nearer = row["nearer_than_sdedit"] or {}
+        cells = [_cell(row["measures"][size]["success"], 100) for size in sizes]
+        lines.append(" | ".join([name, *cells, *(_cell(nearer.get(size), 100) for size in sizes)]))
+    return [f"| {line} |" for line in lines]
+
+
+def _cell(values: Sequence[float | None] | None, times: float = 1, digits: int = 1) -> str:
+    if values is None or values[0] is None:
+        return ""
+    mean, low, high = (f"{times * (value or 0.0):.{digits}f}" for value in values)
+    return f"{mean} ({low} to {high})"
+
+
+def plot(found: dict[str, Any], trials: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Three PNGs: alignment against preservation with every tuning trial, quality against steps, cost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5.5), layout="constrained")
+    for number, name in enumerate(found):
+        colour = f"C{number % 10}"
+        tried = trials.get(name, [])
+        axes.scatter(
+            [t["aligned"] for t in tried], [t["preserved"] for t in tried], s=8, color=colour, alpha=0.5
+        )
+        of = found[name]["measures"]["all"]
+        (x, left, right), (y, low, high) = of["aligned"], of["preserved"]
+        axes.errorbar(
+            x, y, [[y - low], [high - y]], [[x - left], [right - x]], fmt="o", color=colour, label=name
+        )
+    axes.set(xlabel="aligned (share of edits)", ylabel="preserved (share of edits)",
+             title="Large: frozen dials, 95 % intervals. Small: trials on the tuning list")  # fmt: skip
+    axes.legend(fontsize=8)
+    figure.savefig(folder / "frontier.png", dpi=110)
+    pyplot.close(figure)
+    _plot_steps(found, folder, pyplot)
+    fitted = [name for name in found if found[name]["cost"]["trained_parameters"]]
+    figure, panels = pyplot.subplots(1, 4, figsize=(11, 3.2), layout="constrained")
+    for axes, field in zip(
+        panels, ("fit_seconds", "peak_bytes", "trained_parameters", "file_bytes"), strict=True
+    ):
+        axes.bar(fitted, [found[name]["cost"][field]["median"] for name in fitted])
+        axes.set(title=COSTS[field], yscale="log")
+        axes.tick_params(axis="x", rotation=60, labelsize=7)
+    figure.savefig(folder / "cost.png", dpi=110)
+    pyplot.close(figure)
+
+
+def _plot_steps(found: dict[str, Any], folder: Path, pyplot: Any) -> None:
+    """Success and closeness against the steps of the fit, for the methods named like lora@40."""
+    swept = sorted({name.partition("@")[0] for name in found if "@" in name})
+    if not swept:
+        return
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axes, field in zip(panels, ("success", "psnr_truth"), strict=True):
+        for method in swept:
+            steps = sorted(int(name.partition("@")[2]) for name in found if name.startswith(f"{method}@"))
+            values = [found[f"{method}@{n}"]["measures"]["all"][field] for n in steps]
+            axes.plot(steps, [v[0] for v in values], "o-", label=method)
+            axes.fill_between(steps, [v[1] for v in values], [v[2] for v in values], alpha=0.2)
+        axes.set(xlabel="steps of the fit", ylabel=field, xscale="log")
+        axes.legend()
+    figure.savefig(folder / "steps.png", dpi=110)
+    pyplot.close(figure)
+
+
+def contact_sheet(folder: Path, names: Sequence[str], pairs: Sequence[Pair]) -> Image.Image:
+    """The first 16 pairs, seed 0: photo, true picture, then every method's."""
+    pairs, side, gap = pairs[:16], 96, 4
+    columns = ["the photo", "the truth", *(name for name in names if name not in ("photo", "truth"))]
+    sheet = Image.new("RGB", (180 + len(columns) * (side + gap), 20 + len(pairs) * (side + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    shown = {name: read(folder, name, pairs, 1)[0][:, 0] for name in names}
+    shown["the photo"] = np.stack([np.asarray(render(pair.before)) for pair in pairs])
+    shown["the truth"] = np.stack([np.asarray(render(pair.truth.scene)) for pair in pairs])
+    for column, name in enumerate(columns):
+        pen.text((180 + column * (side + gap), 3), name, fill="black", font=font)
+        for row, picture in enumerate(shown[name]):
+            big = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(big, (180 + column * (side + gap), 20 + row * (side + gap)))
+    for row, pair in enumerate(pairs):
+        pen.multiline_text((4, 24 + row * (side + gap)), _wrapped(pair.truth.prompt), fill="black", font=font)
+    return sheet
+
+
+def _wrapped(text: str, width: int = 26) -> str:
+    lines = [""]
+    for word in text.split():
+        lines = (
+            [*lines[:-1], f"{lines[-1]} {word}".strip()]
+            if len(lines[-1]) + len(word) < width
+            else [*lines, word]
+        )
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.counterfactual import report
+from benchmarks.counterfactual.__main__ import main
+from benchmarks.counterfactual.measures import interval, measure
+from benchmarks.counterfactual.methods import METHODS, ddim_step, trainable
+from benchmarks.counterfactual.pairs import SIZE_OF_KIND, Pair, draw_pairs
+from benchmarks.counterfactual.run import noise_seeds, settings_to_try, split_name
+from lora_unitune import Editor
+
+
+def pictures_of(name: str, editor: Editor, pairs: list[Pair]) -> np.ndarray:
+    method, dials = split_name(name)
+    made: np.ndarray = method.edit(editor, None, pairs, noise_seeds(0, 0, len(pairs)), dials)
+    return made
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor("pocket", "cpu")
+
+
+def test_a_longer_list_begins_with_the_shorter_and_the_lists_share_no_photo() -> None:
+    pairs, tuning = draw_pairs("test", 60), draw_pairs("tuning", 60)
+    assert [pair.truth.prompt for pair in draw_pairs("test", 20)] == [p.truth.prompt for p in pairs[:20]]
+    assert not {repr(pair.before) for pair in pairs} & {repr(pair.before) for pair in tuning}
+    assert {pair.kind for pair in pairs} == set(SIZE_OF_KIND)
+    assert all(pair.truth.mask.any() and not pair.before.companion for pair in pairs)
+
+
+def test_the_three_that_must_come_out_as_they_do(editor: Editor) -> None:
+    pairs = draw_pairs("test", 240)
+    mean = {
+        name: {field: np.nanmean([row[field] for row in rows]) for field in rows[0]}
+        for name in ("photo", "truth")
+        for rows in [measure(pairs, pictures_of(name, editor, pairs))]
+    }
+    assert mean["photo"]["preserved"] >= 0.98 and mean["photo"]["aligned"] <= 0.02
+    assert mean["photo"]["psnr_outside"] == 50 and mean["photo"]["ssim_outside"] == pytest.approx(1)
+    assert mean["truth"]["aligned"] >= 0.98 and mean["truth"]["preserved"] >= 0.98
+    assert mean["truth"]["psnr_truth"] == 50
+    few = pairs[:12]
+    drawn = measure(few, pictures_of("text-to-image", editor, few))
+    assert np.mean([row["preserved"] for row in drawn]) <= 0.25
+    assert np.mean([row["aligned"] for row in drawn]) >= 0.5
+
+
+def test_the_interval_holds_the_mean_and_leaves_nan_out() -> None:
+    values = np.array([[1.0, 0.0, 1.0], [np.nan, np.nan, np.nan], [0.0, 0.0, 1.0]])
+    mean, low, high = interval(values)
+    assert mean == pytest.approx(0.5)
+    assert low <= mean <= high
+    assert np.isnan(interval(np.full((2, 2), np.nan))[0])
+    assert interval(np.ones((5, 2))) == (1.0, 1.0, 1.0)
+
+
+def test_a_ddim_step_back_and_forth_changes_nothing(editor: Editor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn((2, 1, 4, 16, 16), generator=generator)
+
+    def velocity(step: int) -> torch.Tensor:
+        alpha = 1.0 if step < 0 else float(editor.base.alphas_cumprod[step])
+        return alpha**0.5 * noise - (1 - alpha) ** 0.5 * clean
+
+    noisy = ddim_step(editor.base, clean, velocity(-1), -1, 500)
+    alpha = float(editor.base.alphas_cumprod[500])
+    assert torch.allclose(noisy, alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, atol=1e-5)
+    assert torch.allclose(ddim_step(editor.base, noisy, velocity(500), 500, -1), clean, atol=1e-5)
+
+
+def test_weights_that_learned_come_back_to_the_bit() -> None:
+    module = torch.nn.Linear(3, 2)
+    before = module.weight.detach().clone()
+    with trainable(module), torch.no_grad():
+        module.weight.add_(1.0)
+    assert torch.equal(module.weight, before)
+    assert not module.weight.requires_grad
+
+
+def test_every_method_is_tuned_by_the_same_number_of_trials() -> None:
+    for name, method in METHODS.items():
+        if method.grid and name != "text-to-image":  # it has fewer settings than that
+            tried = settings_to_try(method, 8)
+            assert len(tried) == 8
+            assert all(value in method.grid[dial] for dials in tried for dial, value in dials.items())
+
+
+@pytest.mark.parametrize("name", ["ddim-inversion", "ledits++", "imagic"])
+def test_a_rival_edits_and_leaves_the_base_as_it_was(
+    name: str, editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, dials = split_name(name)
+    for steps in ("embedding_steps", "unet_steps"):
+        if hasattr(method, steps):
+            monkeypatch.setattr(method, steps, 2)
+    before = {key: weight.clone() for key, weight in editor.base.parts["unet"].state_dict().items()}
+    pairs = draw_pairs("tuning", 2)
+    fitted = method.fit(editor, None, 0, dials)
+    made = method.edit(editor, fitted, pairs, [1, 2], dials)
+    assert made.shape == (2, 64, 64, 3) and made.dtype == np.uint8
+    assert np.isfinite(made).all() and made.std() > 5
+    after = editor.base.parts["unet"].state_dict()
+    assert all(torch.equal(weight, after[key]) for key, weight in before.items())
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(part) for key, part in value.items() if key not in report.TIMES}
+    return value
+
+
+def test_a_run_goes_on_where_it_stopped_and_two_runs_agree(tmp_path: Path) -> None:
+    command = ["--methods", "photo,sdedit,lora@1,full@1", "--pairs", "7", "--seeds", "1"]
+    found = []
+    for folder in ("first", "second"):
+        result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / folder)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads((tmp_path / folder / "results.json").read_text()))
+    assert without_times(found[0]) == without_times(found[1])
+    assert found[0]["methods"]["lora@1"]["cost"]["file_bytes"]["median"] < 300_000
+    assert found[0]["methods"]["sdedit"]["nearer_than_sdedit"]["all"] == [0.5, 0.5, 0.5]
+    for name in ("table.md", "frontier.png", "cost.png", "steps.png", "contact-sheet.png"):
+        assert (tmp_path / "first" / name).stat().st_size > 0
+    kept = tmp_path / "first" / "lora@1" / "0-000.npz"
+    before = kept.stat().st_mtime_ns
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "first")], catch_exceptions=False)
+    assert kept.stat().st_mtime_ns == before
+    (kept.parent / "settings.json").write_text("{}")
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "first")])
+    assert result.exit_code == 2 and "give another --out" in result.output
+
+
+@pytest.mark.parametrize("name", ["sdedit@40", "lora@x", "nothing"])
+def test_an_unknown_method_is_told_with_the_known_ones(name: str) -> None:
+    result = CliRunner().invoke(main, ["--methods", name, "--out", "unused"])
+    assert result.exit_code == 2
+    assert "lora@40" in result.output and "Traceback" not in result.output
