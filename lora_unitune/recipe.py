@@ -97,6 +97,7 @@ class FitSettings(_Checked):
         weight_decay: Decoupled weight decay.
         max_gradient_norm: Gradients are clipped to this norm; 0 leaves them alone.
         warmup_steps: Steps over which the learning rate grows linearly from 0.
+        decay_share: Share of the steps, the last ones, over which the learning rate falls linearly to 0.
         precision: Number format of the forward pass; "auto" picks one for the device.
         gradient_checkpointing: Trades time for memory by recomputing activations.
     """
@@ -111,6 +112,7 @@ class FitSettings(_Checked):
     weight_decay: float = field(default=0.0, metadata=_between(0, 1))
     max_gradient_norm: float = field(default=1.0, metadata=_between(0, 1e6))
     warmup_steps: int = field(default=0, metadata=_between(0, 100_000))
+    decay_share: float = field(default=0.0, metadata=_between(0, 1))
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
 

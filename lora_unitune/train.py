@@ -125,7 +125,7 @@ def train(
     started = time.perf_counter()
     with _checkpointing(base, settings.gradient_checkpointing):
         for step in range(settings.steps):
-            _warm_up(optimizer, groups, step, settings.warmup_steps)
+            _set_rates(optimizer, groups, step, settings)
             loss = 0.0
             for latents, noise, timesteps in _micro_batches(prepared, base, settings, generator):
                 with accelerator.accumulate(*base.parts.values()):
@@ -187,9 +187,11 @@ def _prompt_encoder(
     return lambda: embeddings
 
 
-def _warm_up(optimizer: Any, groups: list[dict[str, Any]], step: int, warmup_steps: int) -> None:
-    """Sets the learning rates: a linear rise over the first `warmup_steps` steps, constant afterwards."""
-    factor = min(1.0, (step + 1) / (warmup_steps + 1))
+def _set_rates(optimizer: Any, groups: list[dict[str, Any]], step: int, settings: FitSettings) -> None:
+    """Sets the learning rates of a step, from 0: a linear rise at first, a linear fall at the end."""
+    factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    if settings.decay_share > 0:
+        factor = min(factor, (settings.steps - step) / (settings.decay_share * settings.steps))
     for target, group in zip(optimizer.param_groups, groups, strict=True):
         target["lr"] = group["lr"] * factor
 

@@ -14,35 +14,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import room_for
+from random_adapters import LORA, make_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_unitune.adapter_file import PHOTO_KEY, Adapter, check_fits, describe
-from lora_unitune.adapters import attach, collect, detach
 from lora_unitune.errors import AdapterFileError, OutputError
 from lora_unitune.families import Base
 from lora_unitune.recipe import FitSettings, LoraSettings, Recipe
-
-LORA = LoraSettings(unet_rank=4, unet_alpha=8.0, text_encoder_rank=2, text_encoder_alpha=3.0)
-
-
-def make_adapter(base: Base, lora: LoraSettings = LORA, seed: int = 0) -> Adapter:
-    """Returns an adapter of random tensors for a base."""
-    generator = torch.Generator().manual_seed(seed)
-    attach(base, lora)
-    shapes = {key: tensor.shape for key, tensor in collect(base).items()}
-    detach(base)
-    return Adapter(
-        tensors={key: torch.randn(shape, generator=generator) / 10 for key, shape in shapes.items()},
-        rare_tokens="zqrt ohwx",
-        recipe=Recipe(lora=lora),
-        base=base.name,
-        fingerprint=base.fingerprint,
-        photo_latents=torch.randn((1, *base.latent_shape()), generator=generator),
-        resolution=base.resolution,
-        seed=seed,
-        seconds=1.5,
-    )
 
 
 @pytest.fixture

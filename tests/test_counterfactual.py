@@ -8,6 +8,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from benchmarks.counterfactual import report
 from benchmarks.counterfactual.__main__ import main
@@ -16,6 +27,8 @@ from benchmarks.counterfactual.methods import METHODS, ddim_step, trainable
 from benchmarks.counterfactual.pairs import SIZE_OF_KIND, Pair, draw_pairs
 from benchmarks.counterfactual.run import noise_seeds, settings_to_try, split_name
 from lora_unitune import Editor
+from lora_unitune.families import POCKET_FOLDER
+from lora_unitune.pocket.world import draw_scene, render
 
 
 def pictures_of(name: str, editor: Editor, pairs: list[Pair]) -> np.ndarray:
@@ -137,6 +150,68 @@ def test_a_run_goes_on_where_it_stopped_and_two_runs_agree(tmp_path: Path) -> No
     (kept.parent / "settings.json").write_text("{}")
     result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "first")])
     assert result.exit_code == 2 and "give another --out" in result.output
+
+
+def random_clip(folder: Path) -> Path:
+    """A tiny random CLIP and a tiny random DINO, in one folder each, as transformers saves them."""
+    tokenizer = CLIPTokenizer.from_pretrained(POCKET_FOLDER / "tokenizer")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    patches = {**shape, "image_size": 32, "patch_size": 16}
+    text, vision = CLIPTextConfig(vocab_size=len(tokenizer), **shape), CLIPVisionConfig(**patches)
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8))
+    clip.save_pretrained(folder / "clip")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
+    ViTModel(ViTConfig(**patches)).save_pretrained(folder / "dino")
+    images.save_pretrained(folder / "dino")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["pie", "ted"])
+def test_a_folder_of_photos_is_scored_with_what_is_in_reach(
+    layout: str, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    inner = photos / ("annotation_images/a" if layout == "pie" else "originals")
+    inner.mkdir(parents=True)
+    for number in range(2):
+        render(draw_scene(number)).resize((80, 64)).save(inner / f"{number}.png")
+    if layout == "pie":
+        entries = {
+            str(n): {"image_path": f"a/{n}.png", "editing_prompt": "a [fox] at night", "mask": [0, 512 * 256]}
+            for n in range(2)
+        }
+        (photos / "mapping_file.json").write_text(json.dumps(entries))
+    else:
+        listed = [{"img_name": f"{n}.png", "target_text": "a fox at night"} for n in range(2)]
+        (photos / "input_list.json").write_text(json.dumps(listed))
+    weights = random_clip(tmp_path)
+    command = ["folder", str(photos), "--base", str(tiny_sd15), "--methods", "lora@1,sdedit,photo"]
+    command += [
+        "--clip",
+        str(weights / "clip"),
+        "--dino",
+        str(weights / "dino"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    kept = found["methods"]["photo"]
+    assert kept["psnr_outside"][0] == 50 and kept["ssim_outside"][0] == 1
+    assert kept["dino_photo"][0] == pytest.approx(1, abs=1e-3)
+    assert -1 <= found["methods"]["lora@1"]["clip_text"][0] <= 1
+    assert found["methods"]["sdedit"]["psnr_outside"][0] < 50
+    assert all("left out" in line and "lpips" in line for line in found["left_out"])
+
+
+def test_a_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main, ["folder", str(tmp_path), "--base", "pocket", "--out", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 2 and "mapping_file.json" in result.output
 
 
 @pytest.mark.parametrize("name", ["sdedit@40", "lora@x", "nothing"])

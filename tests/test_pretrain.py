@@ -17,9 +17,9 @@ from lora_unitune.pocket.pretrain import main, weights_of_timesteps
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("pretrain")
-    command = ["all", str(work), "--scenes", "64", "--vae-minutes", "0.01", "--unet-minutes", "0.02"]
-    for _ in range(2):
-        result = CliRunner().invoke(main, command, catch_exceptions=False)
+    command = ["all", str(work), "--scenes", "64", "--vae-minutes", "0.01", "--unet-minutes"]
+    for minutes in ("0.02", "0.04"):
+        result = CliRunner().invoke(main, [*command, minutes], catch_exceptions=False)
         assert result.exit_code == 0
     return work
 
@@ -46,6 +46,8 @@ def test_training_goes_on_where_it_stopped(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "unet.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] > rows[-2]["step"]
     assert {"right", "none", "wrong"} <= rows[-1].keys()
+    vae = [json.loads(line)["step"] for line in (trained / "vae.jsonl").read_text().splitlines()]
+    assert len(vae) == len(set(vae))
 
 
 def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path) -> None:

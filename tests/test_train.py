@@ -175,6 +175,16 @@ def test_warm_up_starts_slowly(base15: Base, prepared: Prepared) -> None:
             assert torch.allclose(quarter[key], full[key] / 4, atol=1e-7)
 
 
+def test_decay_ends_slowly(base15: Base, prepared: Prepared) -> None:
+    settings = ("fit.optimizer=sgd", "fit.max_gradient_norm=0", "fit.unet_learning_rate=0.1")
+    once = trained(base15, prepared, [*settings, "fit.steps=1"])
+    steady = trained(base15, prepared, [*settings, "fit.steps=2"])
+    decayed = trained(base15, prepared, [*settings, "fit.steps=2", "fit.decay_share=1"])
+    for key in once:
+        if key.startswith("unet."):  # of the second step's way, half
+            assert torch.allclose(decayed[key], (once[key] + steady[key]) / 2, atol=1e-7)
+
+
 def test_gradients_are_clipped(base15: Base, prepared: Prepared) -> None:
     once = (
         "fit.steps=1",

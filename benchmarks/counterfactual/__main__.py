@@ -16,13 +16,14 @@ from typing import Any
 
 import click
 
-from lora_unitune.families import load_base
+from lora_unitune import Editor
 
 from ..origin import origin
+from .folders import load_scores, read_folder, summarise_folder
 from .methods import METHODS
 from .pairs import draw_pairs
 from .report import contact_sheet, plot, summarise, table
-from .run import DIALS, run, split_name, tune
+from .run import DIALS, read, run, split_name, tune
 
 TRIALS = DIALS.with_name("trials.json")
 
@@ -71,10 +72,10 @@ def main(
         return
     if out is None:
         raise click.UsageError("give a folder for the results: --out FOLDER")
-    pairs = draw_pairs("test", count)
-    run(out, methods, pairs, seeds, base, device)
+    pairs, editor = draw_pairs("test", count), Editor(base, device)
+    run(out, methods, pairs, seeds, editor, "test")
     found = summarise(out, methods, pairs, seeds)
-    made = origin(load_base(base, device).device) | {"pairs": count, "seeds": seeds, "base": base}
+    made = origin(editor.base.device) | {"pairs": count, "seeds": seeds, "base": base}
     (out / "results.json").write_text(json.dumps({**made, "methods": found}, indent=1) + "\n")
     (out / "table.md").write_text(table(found))
     plot(found, json.loads(TRIALS.read_text()) if TRIALS.exists() else {}, out)
@@ -97,6 +98,41 @@ def run_tune(methods: list[str], count: int, trials: int, base: str, device: str
         for file, value in ((DIALS, rows[0]["dials"]), (TRIALS, rows)):
             kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
             file.write_text(json.dumps(kept | {name: value}, indent=1) + "\n")
+
+
+@main.command("folder")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--methods", default="lora,sdedit", callback=_names, show_default=True, metavar="NAME,NAME")
+@click.option("--pairs", "count", default=100_000, type=click.IntRange(1), help="Only the first ones.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.option("--base", required=True, help="Folder or hub id of a Stable Diffusion model.")
+@click.option("--clip", default="openai/clip-vit-large-patch14", show_default=True)
+@click.option("--dino", default="facebook/dinov2-base", show_default=True)
+@_device
+def run_folder(
+    folder: Path,
+    methods: list[str],
+    count: int,
+    seeds: int,
+    out: Path,
+    base: str,
+    clip: str,
+    dino: str,
+    device: str,
+) -> None:
+    """Real photos: a FOLDER laid out like TEdBench or PIE-Bench, scored by CLIP, DINO and LPIPS."""
+    methods = [name for name in methods if not name.startswith("truth")]
+    pairs, editor = read_folder(folder, count), Editor(base, device)
+    run(out, methods, pairs, seeds, editor, folder.resolve().name)
+    scores, missing = load_scores(clip, dino)
+    found = {name: summarise_folder(pairs, read(out, name, pairs, seeds)[0], scores) for name in methods}
+    made = origin(editor.base.device) | {"pairs": len(pairs), "seeds": seeds, "base": editor.base.name}
+    text = json.dumps({**made, "left_out": missing, "methods": found}, indent=1)
+    (out / "results.json").write_text(text + "\n")
+    for line in missing:
+        click.echo(line, err=True)
+    click.echo(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

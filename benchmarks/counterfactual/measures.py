@@ -19,11 +19,11 @@ LAYOUT_ERROR = 0.08  # of the width; objects stand 0.06 apart and their sizes di
 LARGEST_PSNR = 50.0  # dB; 8-bit pictures that differ by less than one step in most pixels
 
 
-def _psnr(error: float) -> float:
+def psnr(error: float) -> float:
     return min(LARGEST_PSNR, float(-10 * np.log10(max(error, 1e-10))))
 
 
-def _ssim(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def ssim(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Structural similarity at each pixel and channel (Wang et al., 2004)."""
     found: np.ndarray = structural_similarity(first, second, channel_axis=-1, data_range=1.0, full=True)[1]
     return found
@@ -74,10 +74,10 @@ def measure(pairs: Sequence[Pair], pictures: np.ndarray) -> list[dict[str, float
             "aligned": float(aligned),
             "preserved": float(preserved),
             "success": float(aligned and preserved),
-            "psnr_outside": _psnr(to_photo[~mask].mean()) if (~mask).any() else float("nan"),
-            "ssim_outside": float(_ssim(outside, photo)[~mask].mean()) if (~mask).any() else float("nan"),
-            "psnr_truth": _psnr(to_truth.mean()),
-            "ssim_truth": float(_ssim(edited, true).mean()),
+            "psnr_outside": psnr(to_photo[~mask].mean()) if (~mask).any() else float("nan"),
+            "ssim_outside": float(ssim(outside, photo)[~mask].mean()) if (~mask).any() else float("nan"),
+            "psnr_truth": psnr(to_truth.mean()),
+            "ssim_truth": float(ssim(edited, true).mean()),
         })  # fmt: skip
     return rows
 

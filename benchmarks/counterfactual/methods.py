@@ -28,15 +28,13 @@ from lora_unitune.pocket.world import render
 from lora_unitune.recipe import EditSettings, default_recipe
 from lora_unitune.sampling import sample
 
-from .pairs import Pair
-
 Dials = dict[str, Any]
 RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
 STEPS = 25
 
 
 class Method(Protocol):
-    """A way to edit a photo with words.
+    """A way to edit a photo with words. Pairs are a `Pair` or anything with `image` and `prompt`.
 
     Attributes:
         grid: values that tuning may try for each dial; the first of each is the default.
@@ -45,13 +43,13 @@ class Method(Protocol):
     grid: dict[str, tuple[Any, ...]]
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
-        """What is computed once for a photo, or None. The editor's base is left as it was."""
+        """What is computed once for a photo (an image or its file), or None. The base is left as it was."""
         ...
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
-        """Edits of one photo, (n, 64, 64, 3) uint8; seeds are those of the noise, one for each pair."""
+        """Edits of one photo, (n, h, w, 3) uint8; seeds are those of the noise, one for each pair."""
         ...
 
 
@@ -87,16 +85,16 @@ class UniTune:
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
         settings = [f"{name}={value}" for name, value in dials.items() if "." in name]
-        recipe = default_recipe("pocket", "sd").override([*self.overrides, *settings])
+        recipe = default_recipe(editor.base.name, editor.base.family).override([*self.overrides, *settings])
         editor.release()
         return fit(photo, base=editor.base, recipe=recipe, seed=seed)
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
         chosen = {name: value for name, value in dials.items() if "." not in name}
         settings = dataclasses.replace(fitted.recipe.edit, steps=STEPS, **chosen)
-        texts = [f"{fitted.rare_tokens} {pair.truth.prompt}" for pair in pairs]
+        texts = [f"{fitted.rare_tokens} {pair.prompt}" for pair in pairs]
         start = fitted.photo_latents if settings.strength < 1 else None
         return to_bytes(editor.pixels(fitted, texts, "", start, seeds, settings))
 
@@ -107,11 +105,11 @@ class SDEdit(Unfitted):
     grid = {"strength": (0.7, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9), "guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
         settings = EditSettings(steps=STEPS, guidance_rescale=RESCALE, **dials)
         start = photo_latents(editor, pairs) if settings.strength < 1 else None
-        texts = [pair.truth.prompt for pair in pairs]
+        texts = [pair.prompt for pair in pairs]
         return to_bytes(editor.pixels(None, texts, "", start, seeds, settings))
 
 
@@ -121,7 +119,7 @@ class TextToImage(SDEdit):
     grid = {"guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
         return super().edit(editor, fitted, pairs, seeds, {**dials, "strength": 1.0})
 
@@ -137,12 +135,12 @@ class DDIMInversion(Unfitted):
 
     @torch.no_grad()
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
         editor.release()
         base, count = editor.base, int(STEPS * dials["strength"])
         steps = [-1, *(round(1000 * (i + 1) / STEPS) - 1 for i in range(count))]  # -1: no noise
-        empty, texts = embeddings(editor, [""]), embeddings(editor, [pair.truth.prompt for pair in pairs])
+        empty, texts = embeddings(editor, [""]), embeddings(editor, [pair.prompt for pair in pairs])
         latents = photo_latents(editor, pairs)
         for now, after in zip(steps, steps[1:], strict=False):
             predicted = base.predict(latents, torch.tensor([max(now, 0)]), empty)
@@ -200,15 +198,17 @@ class LEdits:
         return pipeline
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
-        return np.stack([self._edit(fitted, *one, dials) for one in zip(pairs, seeds, strict=True)])
+        photo = load_photo(pairs[0].image, editor.base.resolution).image
+        prompts = [pair.prompt for pair in pairs]
+        return np.stack([self._edit(fitted, photo, *one, dials) for one in zip(prompts, seeds, strict=True)])
 
-    def _edit(self, pipeline: Any, pair: Pair, seed: int, dials: Dials) -> np.ndarray:
-        generator, photo = torch.Generator().manual_seed(seed), render(pair.before)
+    def _edit(self, pipeline: Any, photo: Any, prompt: str, seed: int, dials: Dials) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
         pipeline.invert(photo, num_inversion_steps=STEPS, skip=dials["skip"], generator=generator)
         chosen = {name: value for name, value in dials.items() if name != "skip"}
-        edited = pipeline(editing_prompt=[pair.truth.prompt], generator=generator, **chosen)
+        edited = pipeline(editing_prompt=[prompt], generator=generator, **chosen)
         return np.asarray(edited.images[0])
 
 
@@ -226,15 +226,15 @@ class Imagic(Unfitted):
     embedding_steps, embedding_rate, unet_steps, unet_rate, batch = 60, 2e-3, 80, 2e-4, 4
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
         editor.release()
         return np.concatenate([self._edit(editor, *one, dials) for one in zip(pairs, seeds, strict=True)])
 
-    def _edit(self, editor: Editor, pair: Pair, seed: int, dials: Dials) -> np.ndarray:
+    def _edit(self, editor: Editor, pair: Any, seed: int, dials: Dials) -> np.ndarray:
         base, unet = editor.base, editor.base.parts["unet"]
-        mean, std = base.encode_photo(photo_to_tensor(load_photo(render(pair.before), base.resolution)))
-        wanted = embeddings(editor, [pair.truth.prompt])
+        mean, std = base.encode_photo(photo_to_tensor(load_photo(pair.image, base.resolution)))
+        wanted = embeddings(editor, [pair.prompt])
         found = wanted.clone().requires_grad_(True)
         generator = torch.Generator().manual_seed(seed)
         descend(editor, [found], self.embedding_rate, self.embedding_steps, found, mean, std, generator)
@@ -261,16 +261,16 @@ class ReturnPhoto(Unfitted):
     """The photo as it was: keeps everything, changes nothing."""
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
-        return np.stack([np.asarray(render(pair.before)) for pair in pairs])
+        return np.stack([np.asarray(load_photo(pair.image, editor.base.resolution).image) for pair in pairs])
 
 
 class Truth(Unfitted):
     """The true edited picture: the measures' own ceiling."""
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
         return np.stack([np.asarray(render(pair.truth.scene)) for pair in pairs])
 
@@ -279,7 +279,7 @@ class TruthThroughVAE(Truth):
     """The true edited picture after the base's autoencoder: the most that any method can reach."""
 
     def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Pair], seeds: Sequence[int], dials: Dials
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
         photos = [load_photo(render(pair.truth.scene), editor.base.resolution) for pair in pairs]
         latents = [editor.base.encode_photo(photo_to_tensor(photo))[0] for photo in photos]
@@ -315,9 +315,9 @@ def embeddings(editor: Editor, texts: Sequence[str]) -> Tensor:
     return torch.cat([editor.base.embed(editor.base.tokenize(text)[0]) for text in texts])
 
 
-def photo_latents(editor: Editor, pairs: Sequence[Pair]) -> Tensor:
+def photo_latents(editor: Editor, pairs: Sequence[Any]) -> Tensor:
     """(1, c, h, w), scaled, of the photo that the pairs share."""
-    photo = load_photo(render(pairs[0].before), editor.base.resolution)
+    photo = load_photo(pairs[0].image, editor.base.resolution)
     return editor.base.encode_photo(photo_to_tensor(photo))[0]
 
 

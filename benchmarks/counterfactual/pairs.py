@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from PIL import Image
+
 from lora_unitune.pocket import world
 from lora_unitune.pocket.drawing import LOOKS, PLACES
 from lora_unitune.pocket.examiner import has_colour
@@ -40,6 +42,16 @@ class Pair:
     before: world.Scene
     kind: str
     truth: world.Counterfactual
+
+    @property
+    def image(self) -> Image.Image:
+        """The photo."""
+        return world.render(self.before)
+
+    @property
+    def prompt(self) -> str:
+        """The edit as a person would type it."""
+        return self.truth.prompt
 
 
 def scenes(split: str, count: int) -> list[world.Scene]:

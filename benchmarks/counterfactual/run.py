@@ -15,19 +15,20 @@ import numpy as np
 
 from lora_unitune import Editor
 from lora_unitune.adapter_file import Adapter
-from lora_unitune.pocket.world import render
 
 from . import cost
 from .measures import measure
 from .methods import METHODS, Dials, Method
-from .pairs import Pair, draw_pairs
+from .pairs import draw_pairs
 
 DIALS = Path(__file__).with_name("dials.json")
 """The dials of each method as `tune` chose them on the tuning list."""
 
 
-def split_name(name: str) -> tuple[Method, Dials]:
+def split_name(name: str, base: str = "pocket") -> tuple[Method, Dials]:
     """A method and its dials: "lora" as tuned, "lora@40" with fits of 40 steps.
+
+    Dials are tuned for pocket; on another base UniTune takes its recipe's own, and the others their defaults.
 
     Raises:
         click.BadParameter: there is no such method.
@@ -37,12 +38,16 @@ def split_name(name: str) -> tuple[Method, Dials]:
         raise click.BadParameter(
             f"no method {name!r}; there are {', '.join(METHODS)}, and lora@40 for 40 steps"
         )
-    tuned = json.loads(DIALS.read_text()) if DIALS.exists() else {}
-    dials = {dial: values[0] for dial, values in METHODS[method].grid.items()} | tuned.get(method, {})
+    grid = METHODS[method].grid
+    dials = {
+        dial: values[0] for dial, values in grid.items() if base == "pocket" or "adapter_scale" not in grid
+    }
+    if base == "pocket" and DIALS.exists():
+        dials |= json.loads(DIALS.read_text()).get(method, {})
     return METHODS[method], dials | ({"fit.steps": int(steps)} if steps else {})
 
 
-def photos(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
+def photos(pairs: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
     """The pairs of each photo."""
     for number, group in groupby(pairs, key=lambda pair: pair.photo):
         yield number, list(group)
@@ -54,11 +59,11 @@ def noise_seeds(number: int, seed: int, count: int) -> list[int]:
 
 
 def run_photo(
-    editor: Editor, method: Method, number: int, pairs: list[Pair], seed: int, dials: Dials
+    editor: Editor, method: Method, number: int, pairs: list[Any], seed: int, dials: Dials
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Edits of one photo, (n, 64, 64, 3) uint8, and what they cost."""
+    """Edits of one photo, (n, h, w, 3) uint8, and what they cost."""
     peak, started = cost.Peak(), time.perf_counter()
-    fitted = method.fit(editor, render(pairs[0].before), seed, dials)
+    fitted = method.fit(editor, pairs[0].image, seed, dials)
     between = time.perf_counter()
     fit_peak = peak.bytes()
     pictures = method.edit(editor, fitted, pairs, noise_seeds(number, seed, len(pairs)), dials)
@@ -72,17 +77,25 @@ def run_photo(
 
 
 def run(
-    folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: int, base: str, device: str
+    folder: Path, names: Sequence[str], pairs: Sequence[Any], seeds: int, editor: Editor, label: str
 ) -> None:
     """Runs what isn't on disk yet. A photo's file holds its pictures and costs.
 
+    Args:
+        folder: for the pictures, a folder of each method in it.
+        names: of methods.
+        pairs: those of one photo beside each other.
+        seeds: how many.
+        editor: with the base.
+        label: of the list that the pairs are from.
+
     Raises:
-        click.UsageError: the folder holds a run with other pairs or dials.
+        click.UsageError: the folder holds a run with other pairs, dials or another base.
     """
-    editor = Editor(base, device)
+    base = editor.base
     for name in names:
-        method, dials = split_name(name)
-        keep_settings(folder / name, {"dials": dials, "base": editor.base.fingerprint})
+        dials = split_name(name, base.name)[1]
+        keep_settings(folder / name, {"dials": dials, "base": base.fingerprint, "pairs": label})
     todo = [
         (seed, name, number, group)
         for seed in range(seeds)
@@ -93,7 +106,7 @@ def run(
         file = folder / name / f"{seed}-{number:03}.npz"
         if file.exists() and len(np.load(file)["pictures"]) >= len(group):
             continue
-        method, dials = split_name(name)
+        method, dials = split_name(name, base.name)
         pictures, row = run_photo(editor, method, number, group, seed, dials)
         partial = file.with_name("partial.npz")
         np.savez_compressed(partial, pictures=pictures, cost=json.dumps(row))
@@ -116,13 +129,15 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
         file.write_text(json.dumps(settings, indent=1) + "\n")
     elif json.loads(file.read_text()) != json.loads(json.dumps(settings)):
-        raise click.UsageError(f"{folder} was made with other dials or another base; give another --out")
+        raise click.UsageError(
+            f"{folder} was made with other pairs, dials or another base; give another --out"
+        )
 
 
 def read(
-    folder: Path, name: str, pairs: Sequence[Pair], seeds: int
+    folder: Path, name: str, pairs: Sequence[Any], seeds: int
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Pictures of a method, (pairs, seeds, 64, 64, 3) uint8, and the costs of each photo and seed."""
+    """Pictures of a method, (pairs, seeds, h, w, 3) uint8, and the costs of each photo and seed."""
     pictures, costs = [], []
     for seed in range(seeds):
         parts = []
@@ -153,7 +168,7 @@ def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> lis
         for number, group in photos(draw_pairs("tuning", pair_count)):
             key = json.dumps([number, {dial: value for dial, value in dials.items() if "." in dial}])
             if key not in fits:
-                fits[key] = method.fit(editor, render(group[0].before), 0, dials)
+                fits[key] = method.fit(editor, group[0].image, 0, dials)
             pictures = method.edit(editor, fits[key], group, noise_seeds(number, 0, len(group)), dials)
             measured += measure(group, pictures)
         means = {field: float(np.nanmean([row[field] for row in measured])) for field in measured[0]}

@@ -39,7 +39,7 @@ from .assembly import (
 )
 from .muon import Muon
 from .pictures import crops, photos_of_skimage, round_trip_psnr, scenes, to_pixels
-from .provenance import copy_logs, write_provenance
+from .provenance import commit, copy_logs, write_provenance
 from .stage import Average, Stage
 
 READ = {"torch_dtype": torch.float32, "use_safetensors": True}
@@ -302,7 +302,7 @@ def pipeline_of(work: Path, scale: float, kept: dict[str, Any], tokenizer: Any) 
 
 def export(work: Path, folder: Path, count: int) -> None:
     """Writes the averaged weights as a diffusers pipeline folder."""
-    tokenizer = build_tokenizer()
+    made_at, tokenizer = commit(), build_tokenizer()
     kept = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
     state = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["average"]["kept"]
     for name, part in kept.items():
@@ -310,7 +310,7 @@ def export(work: Path, folder: Path, count: int) -> None:
     _, _, scale = encode_scenes(work, "train", count, "cpu")
     save_pipeline(pipeline_of(work, scale, kept, tokenizer), folder)
     copy_logs(work, folder)
-    write_provenance(folder, count)
+    write_provenance(folder, count, made_at)
 
 
 @click.group(help=__doc__)

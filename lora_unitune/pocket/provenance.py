@@ -25,7 +25,8 @@ LICENCES = """## Licences
 """
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout, with -dirty where tracked files were changed."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -76,12 +77,13 @@ def plot_curves(folder: Path) -> None:
     pyplot.close(figure)
 
 
-def write_provenance(folder: Path, scenes: int) -> None:
+def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
     """Writes the file; what stands under "Findings" in an older one is kept.
 
     Args:
         folder: of the weights, with the logs of their training.
         scenes: how many were drawn for training.
+        made_at: the commit, read before the weights in the checkout changed.
     """
     file = folder / "PROVENANCE.md"
     plot_curves(folder)
@@ -99,9 +101,9 @@ def write_provenance(folder: Path, scenes: int) -> None:
         "",
         "and to train them further:",
         "",
-        "    python -m lora_unitune.pocket.pretrain all WORK --unet-minutes U --start FOLDER",
+        "    python -m lora_unitune.pocket.pretrain all WORK --vae-minutes V --unet-minutes U --start FOLDER",
         "",
-        f"- exported at commit {_commit()}",
+        f"- exported at commit {made_at}",
         f"- {versions}; {platform.machine()}, {os.cpu_count()} cores, "
         f"{'CUDA' if torch.cuda.is_available() else 'no GPU'}",
         f"- {scenes} training scenes (seeds 0 to {scenes - 1}), 256 held-out ones for the scores below",

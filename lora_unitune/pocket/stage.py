@@ -33,9 +33,13 @@ class Stage:
 
     def go_on_counting(self) -> None:
         """Counts on from the log's last row: weights learn on with a new optimizer and a new budget."""
-        row = json.loads(self.log_file.read_text().splitlines()[-1])
+        row = self._last_row()
         self.step, self.pictures = row["step"], row["pictures"]
         self._first, self._minutes_before = row["step"], row["minutes"]
+
+    def _last_row(self) -> dict[str, Any]:
+        row: dict[str, Any] = json.loads(self.log_file.read_text().splitlines()[-1])
+        return row
 
     def save(self, things: dict[str, Any], every: float = 0.0) -> None:
         if time.monotonic() - self._saved < every:
@@ -52,17 +56,22 @@ class Stage:
         self._saved = time.monotonic()
 
     def tick(self, optimizers: list[torch.optim.Optimizer], batch: int) -> bool:
-        """Counts a step and sets the next learning rate; False when the time is used up."""
+        """Counts a step and sets its learning rate; False when the time is used up."""
         now = time.monotonic()
         self.used, self._mark = self.used + now - self._mark, now
+        if self.used >= self.budget:
+            return False
         self.step, self.pictures = self.step + 1, self.pictures + batch
         left = max(0.0, 1.0 - self.used / self.budget) / self.decay_share
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.peak_rate * min(1.0, (self.step - self._first) / 200, left + 0.01)
-        return self.used < self.budget
+        return True
 
     def log(self, **values: float) -> None:
+        """Adds a row, unless the last one is of this step already."""
+        if self.log_file.exists() and self._last_row()["step"] == self.step:
+            return
         minutes = round(self._minutes_before + self.used / 60, 2)
         row = {"step": self.step, "pictures": self.pictures, "minutes": minutes}
         row |= {k: round(v, 5) for k, v in values.items()}
