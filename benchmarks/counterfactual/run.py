@@ -16,7 +16,7 @@ import numpy as np
 from lora_unitune import Editor
 from lora_unitune.adapter_file import Adapter
 
-from . import cost
+from ..memory import Peak, of_adapter
 from .measures import measure
 from .methods import METHODS, Dials, Method
 from .pairs import draw_pairs
@@ -62,7 +62,7 @@ def run_photo(
     editor: Editor, method: Method, number: int, pairs: list[Any], seed: int, dials: Dials
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Edits of one photo, (n, h, w, 3) uint8, and what they cost."""
-    peak, started = cost.Peak(), time.perf_counter()
+    peak, started = Peak(), time.perf_counter()
     fitted = method.fit(editor, pairs[0].image, seed, dials)
     between = time.perf_counter()
     fit_peak = peak.bytes()
@@ -73,7 +73,7 @@ def run_photo(
         "fit_peak_bytes": fit_peak,
         "peak_bytes": peak.bytes(),
     }
-    return pictures, row | (cost.of_adapter(fitted, editor.base) if isinstance(fitted, Adapter) else {})
+    return pictures, row | (of_adapter(fitted) if isinstance(fitted, Adapter) else {})
 
 
 def run(

@@ -1,4 +1,4 @@
-"""What a method costs: seconds, memory, trainable parameters, bytes."""
+"""What a fit costs in memory and bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from lora_unitune import Adapter
-from lora_unitune.families import Base
 
 
 class Peak:
@@ -32,7 +31,7 @@ class Peak:
         return None
 
 
-def of_adapter(adapter: Adapter, base: Base) -> dict[str, Any]:
+def of_adapter(adapter: Adapter) -> dict[str, Any]:
     """Trained parameters, bytes of AdamW's state for them, bytes of the file, and seconds to load it."""
     trained = sum(tensor.numel() for tensor in adapter.tensors.values())
     with tempfile.TemporaryDirectory() as folder:
