@@ -35,7 +35,10 @@ def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: 
     """Every method's measures with their intervals, in all and by size of the edit, preferences and costs."""
     sizes = np.array([SIZE_OF_KIND[pair.kind] for pair in pairs])
     parts = {"all": sizes != ""} | {size: sizes == size for size in dict.fromkeys(SIZE_OF_KIND.values())}
-    parts = {part: chosen for part, chosen in parts.items() if chosen.any()}
+
+    def spread(values: np.ndarray) -> dict[str, list[float | None]]:
+        return {part: _rounded(interval(values[chosen])) for part, chosen in parts.items() if chosen.any()}
+
     values, found = {}, {}
     for name in names:
         pictures, costs = read(folder, name, pairs, seeds)
@@ -45,26 +48,21 @@ def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: 
         }
         found[name] = {
             "settings": json.loads((folder / name / "settings.json").read_text()),
-            "measures": {part: {field: _rounded(interval(values[name][field][chosen])) for field in MEASURES}
-                         for part, chosen in parts.items()},
-            "cost": {field: _middle([row[field] for row in costs if row.get(field) is not None])
-                     for field in COSTS},
-        }  # fmt: skip
+            "measures": {field: spread(values[name][field]) for field in MEASURES},
+            "cost": {field: _middle([row[field] for row in costs if row.get(field)]) for field in COSTS},
+        }
     for name in names:
-        found[name]["nearer_than_sdedit"] = {
-            part: _rounded(interval(_preferred(values[name], values[RIVAL])[chosen]))
-            for part, chosen in parts.items()
-        } if RIVAL in names else None  # fmt: skip
-        found[name]["success_minus_full"] = {
-            part: _rounded(interval((values[name]["success"] - values["full"]["success"])[chosen]))
-            for part, chosen in parts.items()
-        } if "full" in names else None  # fmt: skip
+        if RIVAL in names:
+            found[name]["nearer_than_sdedit"] = spread(_preferred(values[name], values[RIVAL]))
+        if "full" in names:
+            found[name]["success_minus_full"] = spread(values[name]["success"] - values["full"]["success"])
     return found
 
 
 def _preferred(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> np.ndarray:
     """1 where ours is nearer to the true picture than theirs, 0 where not, one half where equal."""
-    return (np.sign(ours["psnr_truth"] - theirs["psnr_truth"]) + 1) / 2
+    preferred: np.ndarray = (np.sign(ours["psnr_truth"] - theirs["psnr_truth"]) + 1) / 2
+    return preferred
 
 
 def _rounded(values: Sequence[float]) -> list[float | None]:
@@ -79,40 +77,41 @@ def _middle(values: list[float]) -> dict[str, float] | None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: measures with their intervals, then costs."""
-    heads = ["method", "aligned %", "preserved %", "success %", "nearer than SDEdit %", "PSNR to the truth",
-             "PSNR outside the mask", "SSIM outside the mask"]  # fmt: skip
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    for name, row in found.items():
-        of, nearer = row["measures"]["all"], (row["nearer_than_sdedit"] or {}).get("all")
-        cells = [_cell(of[field], 100) for field in ("aligned", "preserved", "success")] + [
-            _cell(nearer, 100)
-        ]
-        cells += [_cell(of["psnr_truth"]), _cell(of["psnr_outside"]), _cell(of["ssim_outside"], digits=3)]
-        lines.append(" | ".join([name, *cells]))
-    measures = "\n".join(f"| {line} |" for line in lines)
-    heads = ["method", *COSTS.values()]
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    for name, row in found.items():
-        cells = [f"{row['cost'][field]['median']:,.4g}" if row["cost"][field] else "" for field in COSTS]
-        lines.append(" | ".join([name, *cells]))
-    by_size = "\n".join(_by_size(found))
-    return measures + "\n\n" + by_size + "\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
+    """Three Markdown tables: measures with their intervals, the same by size of the edit, and costs."""
+    nearer = {name: {"nearer": row.get("nearer_than_sdedit", {})} for name, row in found.items()}
+    measures = {name: row["measures"] | nearer[name] for name, row in found.items()}
+    sizes = [size for size in next(iter(measures.values()))["success"] if size != "all"]
+    columns = {
+        "aligned %": ("aligned", 100, 1),
+        "preserved %": ("preserved", 100, 1),
+        "success %": ("success", 100, 1),
+        "nearer than SDEdit %": ("nearer", 100, 1),
+        "PSNR to the truth": ("psnr_truth", 1, 1),
+        "PSNR outside the mask": ("psnr_outside", 1, 1),
+        "SSIM outside the mask": ("ssim_outside", 1, 3),
+    }
+    in_all = {name: [_cell(of[field].get("all"), times, digits) for field, times, digits in columns.values()]
+              for name, of in measures.items()}  # fmt: skip
+    by_size = {name: [_cell(of[field].get(size), 100, 1) for field in ("success", "nearer") for size in sizes]
+               for name, of in measures.items()}  # fmt: skip
+    costs = {name: [f"{row['cost'][field]['median']:,.4g}" if row["cost"][field] else "" for field in COSTS]
+             for name, row in found.items()}  # fmt: skip
+    heads = [f"{word}, {size} %" for word in ("success", "nearer") for size in sizes]
+    tables = (list(columns), in_all), (heads, by_size), (list(COSTS.values()), costs)
+    return "\n\n".join(_markdown(*one) for one in tables) + "\n"
 
 
-def _by_size(found: dict[str, Any]) -> list[str]:
-    sizes = list(next(iter(found.values()))["measures"])[1:]
-    heads = ["method", *(f"success, {size} %" for size in sizes), *(f"nearer, {size} %" for size in sizes)]
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    for name, row in found.items():
-        nearer = row["nearer_than_sdedit"] or {}
-        cells = [_cell(row["measures"][size]["success"], 100) for size in sizes]
-        lines.append(" | ".join([name, *cells, *(_cell(nearer.get(size), 100) for size in sizes)]))
-    return [f"| {line} |" for line in lines]
+def _markdown(heads: list[str], rows: dict[str, list[str]]) -> str:
+    lines = [
+        ["method", *heads],
+        ["---"] * (len(heads) + 1),
+        *([name, *cells] for name, cells in rows.items()),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(values: Sequence[float | None] | None, times: float = 1, digits: int = 1) -> str:
-    if values is None or values[0] is None:
+def _cell(values: Sequence[float | None] | None, times: float, digits: int) -> str:
+    if not values or values[0] is None:
         return ""
     mean, low, high = (f"{times * (value or 0.0):.{digits}f}" for value in values)
     return f"{mean} ({low} to {high})"
@@ -132,11 +131,11 @@ def plot(found: dict[str, Any], trials: dict[str, list[dict[str, Any]]], folder:
         axes.scatter(
             [t["aligned"] for t in tried], [t["preserved"] for t in tried], s=8, color=colour, alpha=0.5
         )
-        of = found[name]["measures"]["all"]
-        (x, left, right), (y, low, high) = of["aligned"], of["preserved"]
-        axes.errorbar(
-            x, y, [[y - low], [high - y]], [[x - left], [right - x]], fmt="o", color=colour, label=name
-        )
+        of = found[name]["measures"]
+        (x, *across), (y, *up) = of["aligned"]["all"], of["preserved"]["all"]
+        axes.plot(x, y, "o", color=colour, label=name)
+        axes.plot(across, [y, y], color=colour)
+        axes.plot([x, x], up, color=colour)
     axes.set(xlabel="aligned (share of edits)", ylabel="preserved (share of edits)",
              title="Large: frozen dials, 95 % intervals. Small: trials on the tuning list")  # fmt: skip
     axes.legend(fontsize=8)
@@ -148,7 +147,7 @@ def plot(found: dict[str, Any], trials: dict[str, list[dict[str, Any]]], folder:
     for axes, field in zip(
         panels, ("fit_seconds", "peak_bytes", "trained_parameters", "file_bytes"), strict=True
     ):
-        axes.bar(fitted, [found[name]["cost"][field]["median"] for name in fitted])
+        axes.bar(fitted, [(found[name]["cost"][field] or {"median": 0})["median"] for name in fitted])
         axes.set(title=COSTS[field], yscale="log")
         axes.tick_params(axis="x", rotation=60, labelsize=7)
     figure.savefig(folder / "cost.png", dpi=110)
@@ -164,7 +163,7 @@ def _plot_steps(found: dict[str, Any], folder: Path, pyplot: Any) -> None:
     for axes, field in zip(panels, ("success", "psnr_truth"), strict=True):
         for method in swept:
             steps = sorted(int(name.partition("@")[2]) for name in found if name.startswith(f"{method}@"))
-            values = [found[f"{method}@{n}"]["measures"]["all"][field] for n in steps]
+            values = [found[f"{method}@{n}"]["measures"][field]["all"] for n in steps]
             axes.plot(steps, [v[0] for v in values], "o-", label=method)
             axes.fill_between(steps, [v[1] for v in values], [v[2] for v in values], alpha=0.2)
         axes.set(xlabel="steps of the fit", ylabel=field, xscale="log")
