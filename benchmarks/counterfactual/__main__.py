@@ -3,14 +3,15 @@
     python -m benchmarks.counterfactual --methods lora,full,sdedit --pairs 240 --seeds 3 --out FOLDER
     python -m benchmarks.counterfactual tune --methods lora,full,sdedit --pairs 24 --trials 12
 
-The first runs the methods on the same photos, prompts and noise (going on where it stopped) and writes
-results.json, table.md, plots and a contact sheet of the first 16 pairs into FOLDER. The second chooses the
-dials of each method, by the same number of trials for each, on photos of their own list, and keeps them.
+The first runs the methods on the same photos, prompts and noise (going on where it stopped) and writes every
+pair's measures, results.json, table.md, plots and a contact sheet of the first 16 pairs into FOLDER. The
+second chooses the dials of each method, by the same number of trials for each, on photos of their own list.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import click
 from lora_unitune import Editor
 
 from ..origin import origin
-from .folders import load_scores, read_folder, summarise_folder
+from .folders import load_scores, measure_folder, read_folder
+from .measures import measure
 from .methods import METHODS
 from .pairs import draw_pairs
-from .report import contact_sheet, plot, summarise, table
-from .run import DIALS, read, run, split_name, tune
+from .report import contact_sheet, plot, summarise, summarise_folder, table
+from .run import DIALS, run, split_name, tune
 
 TRIALS = DIALS.with_name("trials.json")
 
@@ -73,7 +75,7 @@ def main(
     if out is None:
         raise click.UsageError("give a folder for the results: --out FOLDER")
     pairs, editor = draw_pairs("test", count), Editor(base, device)
-    run(out, methods, pairs, seeds, editor, "test")
+    run(out, methods, pairs, seeds, editor, "test", measure)
     found = summarise(out, methods, pairs, seeds)
     made = origin(editor.base.device) | {"pairs": count, "seeds": seeds, "base": base}
     (out / "results.json").write_text(json.dumps({**made, "methods": found}, indent=1) + "\n")
@@ -124,9 +126,9 @@ def run_folder(
     """Real photos: a FOLDER laid out like TEdBench or PIE-Bench, scored by CLIP, DINO and LPIPS."""
     methods = [name for name in methods if not name.startswith("truth")]
     pairs, editor = read_folder(folder, count), Editor(base, device)
-    run(out, methods, pairs, seeds, editor, folder.resolve().name)
     scores, missing = load_scores(clip, dino)
-    found = {name: summarise_folder(pairs, read(out, name, pairs, seeds)[0], scores) for name in methods}
+    run(out, methods, pairs, seeds, editor, folder.resolve().name, partial(measure_folder, scores=scores))
+    found = {name: summarise_folder(out, name, pairs, seeds) for name in methods}
     made = origin(editor.base.device) | {"pairs": len(pairs), "seeds": seeds, "base": editor.base.name}
     text = json.dumps({**made, "left_out": missing, "methods": found}, indent=1)
     (out / "results.json").write_text(text + "\n")

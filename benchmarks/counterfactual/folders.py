@@ -15,7 +15,7 @@ from PIL import Image
 
 from lora_unitune.photo import load_photo
 
-from .measures import interval, psnr, ssim
+from .measures import psnr, ssim
 
 Rows = list[dict[str, float]]
 Score = Callable[[np.ndarray, np.ndarray, str], float]
@@ -176,16 +176,3 @@ def measure_folder(pairs: Sequence[FolderPair], pictures: np.ndarray, scores: di
         row["ssim_outside"] = float(ssim(inside, photo / 255.0)[keep].mean()) if keep.any() else float("nan")
         rows.append(row)
     return rows
-
-
-def summarise_folder(
-    pairs: Sequence[FolderPair], pictures: np.ndarray, scores: dict[str, Score]
-) -> dict[str, list[float]]:
-    """Mean and 95 % interval of each score of a method's pictures, (pairs, seeds, h, w, 3) uint8."""
-    rows = [measure_folder(pairs, pictures[:, seed], scores) for seed in range(pictures.shape[1])]
-    return {
-        name: [
-            round(value, 4) for value in interval(np.array([[row[name] for row in one] for one in rows]).T)
-        ]
-        for name in rows[0][0]
-    }

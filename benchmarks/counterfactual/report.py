@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lora_unitune.pocket.world import render
 
-from .measures import MEASURES, interval, measure
+from .measures import MEASURES, interval
 from .pairs import SIZE_OF_KIND, Pair
-from .run import read
+from .run import SHOWN_PHOTOS, read, strip_name
 
 RIVAL = "sdedit"
 COSTS = {
@@ -41,13 +40,9 @@ def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: 
 
     values, found = {}, {}
     for name in names:
-        pictures, costs = read(folder, name, pairs, seeds)
-        rows = [measure(pairs, pictures[:, seed]) for seed in range(seeds)]
-        values[name] = {
-            field: np.array([[row[field] for row in one] for one in rows]).T for field in MEASURES
-        }
+        values[name], costs, settings = read(folder, name, pairs, seeds)
         found[name] = {
-            "settings": json.loads((folder / name / "settings.json").read_text()),
+            "settings": settings,
             "measures": {field: spread(values[name][field]) for field in MEASURES},
             "cost": {field: _middle([row[field] for row in costs if row.get(field)]) for field in COSTS},
         }
@@ -57,6 +52,12 @@ def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: 
         if "full" in names:
             found[name]["success_minus_full"] = spread(values[name]["success"] - values["full"]["success"])
     return found
+
+
+def summarise_folder(folder: Path, name: str, pairs: Sequence[Any], seeds: int) -> dict[str, Any]:
+    """A method's scores on real photos, with their intervals."""
+    values, _, settings = read(folder, name, pairs, seeds)
+    return {"settings": settings, **{field: _rounded(interval(of)) for field, of in values.items()}}
 
 
 def _preferred(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> np.ndarray:
@@ -178,9 +179,9 @@ def contact_sheet(folder: Path, names: Sequence[str], pairs: Sequence[Pair]) -> 
     columns = ["the photo", "the truth", *(name for name in names if name not in ("photo", "truth"))]
     sheet = Image.new("RGB", (180 + len(columns) * (side + gap), 20 + len(pairs) * (side + gap)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    shown = {name: read(folder, name, pairs, 1)[0][:, 0] for name in names}
-    shown["the photo"] = np.stack([np.asarray(render(pair.before)) for pair in pairs])
-    shown["the truth"] = np.stack([np.asarray(render(pair.truth.scene)) for pair in pairs])
+    shown = {name: _strips(folder, name)[: len(pairs)] for name in names}
+    shown["the photo"] = [np.asarray(render(pair.before)) for pair in pairs]
+    shown["the truth"] = [np.asarray(render(pair.truth.scene)) for pair in pairs]
     for column, name in enumerate(columns):
         pen.text((180 + column * (side + gap), 3), name, fill="black", font=font)
         for row, picture in enumerate(shown[name]):
@@ -189,6 +190,13 @@ def contact_sheet(folder: Path, names: Sequence[str], pairs: Sequence[Pair]) -> 
     for row, pair in enumerate(pairs):
         pen.multiline_text((4, 24 + row * (side + gap)), _wrapped(pair.truth.prompt), fill="black", font=font)
     return sheet
+
+
+def _strips(folder: Path, name: str) -> list[np.ndarray]:
+    """The pictures that a method's run kept, in order of the pairs."""
+    files = [folder / strip_name(name, number) for number in range(SHOWN_PHOTOS)]
+    strips = [np.asarray(Image.open(file)) for file in files if file.exists()]
+    return [picture for strip in strips for picture in np.split(strip, strip.shape[1] // len(strip), axis=1)]
 
 
 def _wrapped(text: str, width: int = 26) -> str:

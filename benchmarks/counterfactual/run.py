@@ -1,17 +1,23 @@
-"""Runs methods over photos and seeds, and keeps each photo's pictures, to go on where a run stopped."""
+"""Runs methods over photos and seeds; goes on where it stopped.
+
+Each method keeps a file of lines of its own: first its settings, then one line for each photo and seed with
+the measures and costs of its pairs. The pictures of the first photos are kept too, as strips.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from PIL import Image
 
 from lora_unitune import Editor
 from lora_unitune.adapter_file import Adapter
@@ -23,6 +29,9 @@ from .pairs import draw_pairs
 
 DIALS = Path(__file__).with_name("dials.json")
 """The dials of each method as `tune` chose them on the tuning list."""
+SHOWN_PHOTOS = 3  # whose pictures are kept: the first 16 pairs and two more
+Judge = Callable[[Sequence[Any], np.ndarray], list[dict[str, float]]]
+"""Some pairs and their edited pictures, (n, h, w, 3) uint8 -> the measures of each."""
 
 
 def split_name(name: str, base: str = "pocket") -> tuple[Method, Dials]:
@@ -77,76 +86,96 @@ def run_photo(
 
 
 def run(
-    folder: Path, names: Sequence[str], pairs: Sequence[Any], seeds: int, editor: Editor, label: str
+    folder: Path,
+    names: Sequence[str],
+    pairs: Sequence[Any],
+    seeds: int,
+    editor: Editor,
+    label: str,
+    judge: Judge,
 ) -> None:
-    """Runs what isn't on disk yet. A photo's file holds its pictures and costs.
+    """Runs what isn't in the folder yet.
 
     Args:
-        folder: for the pictures, a folder of each method in it.
+        folder: for the results.
         names: of methods.
         pairs: those of one photo beside each other.
         seeds: how many.
         editor: with the base.
         label: of the list that the pairs are from.
+        judge: measures the pictures of some pairs.
 
     Raises:
         click.UsageError: the folder holds a run with other pairs, dials or another base.
     """
     base = editor.base
+    done = {}
     for name in names:
         dials = split_name(name, base.name)[1]
-        keep_settings(folder / name, {"dials": dials, "base": base.fingerprint, "pairs": label})
-    todo = [
-        (seed, name, number, group)
-        for seed in range(seeds)
-        for number, group in photos(pairs)
-        for name in names
-    ]
-    for seed, name, number, group in todo:
-        file = folder / name / f"{seed}-{number:03}.npz"
-        if file.exists() and len(np.load(file)["pictures"]) >= len(group):
+        settings = {"dials": dials, "base": base.fingerprint, "pairs": label}
+        done[name] = keep_settings(folder / f"{name}.jsonl", settings)
+    for seed, (number, group), name in product(range(seeds), photos(pairs), names):
+        if done[name].get((seed, number), 0) >= len(group):
             continue
         method, dials = split_name(name, base.name)
-        pictures, row = run_photo(editor, method, number, group, seed, dials)
-        partial = file.with_name("partial.npz")
-        np.savez_compressed(partial, pictures=pictures, cost=json.dumps(row))
-        partial.replace(file)
+        pictures, costs = run_photo(editor, method, number, group, seed, dials)
+        line = {"seed": seed, "photo": number, "cost": costs, "rows": _rounded(judge(group, pictures))}
+        with (folder / f"{name}.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        if seed == 0 and number < SHOWN_PHOTOS:
+            Image.fromarray(np.concatenate(pictures, axis=1)).save(folder / strip_name(name, number))
         click.echo(
-            f"{name} seed {seed} photo {number}: {row['fit_seconds']:.1f} s + {row['edit_seconds']:.2f} s",
+            f"{name} {seed} photo {number}: {costs['fit_seconds']:.1f} s + {costs['edit_seconds']:.2f} s",
             err=True,
         )
     editor.release()
 
 
-def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes a method's settings beside its pictures, once.
+def _rounded(rows: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    """To five digits, and nothing for NaN, as strict JSON has it."""
+    return [{name: round(v, 5) if math.isfinite(v) else None for name, v in row.items()} for row in rows]
+
+
+def strip_name(name: str, number: int) -> str:
+    """Name of the PNG with a method's pictures of one photo, beside each other."""
+    return f"{name}-{number}.png"
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """A file's lines; one that a stopped run left half-written is dropped."""
+    lines = file.read_text().split("\n")
+    if lines[-1]:
+        file.write_text("".join(f"{line}\n" for line in lines[:-1]))
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def keep_settings(file: Path, settings: dict[str, Any]) -> dict[tuple[int, int], int]:
+    """Writes a method's settings as its file's first line, once; how many pairs it has by seed and photo.
 
     Raises:
-        click.UsageError: the pictures there were made with others.
+        click.UsageError: the file was made with others.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    if not file.exists():
-        file.write_text(json.dumps(settings, indent=1) + "\n")
-    elif json.loads(file.read_text()) != json.loads(json.dumps(settings)):
-        raise click.UsageError(
-            f"{folder} was made with other pairs, dials or another base; give another --out"
-        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or not _lines(file):
+        file.write_text(json.dumps(settings) + "\n")
+    first, *others = _lines(file)
+    if first != json.loads(json.dumps(settings)):
+        raise click.UsageError(f"{file} was made with other pairs, dials or another base; give another --out")
+    return {(line["seed"], line["photo"]): len(line["rows"]) for line in others}
 
 
 def read(
     folder: Path, name: str, pairs: Sequence[Any], seeds: int
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Pictures of a method, (pairs, seeds, h, w, 3) uint8, and the costs of each photo and seed."""
-    pictures, costs = [], []
-    for seed in range(seeds):
-        parts = []
-        for number, group in photos(pairs):
-            kept = np.load(folder / name / f"{seed}-{number:03}.npz")
-            parts.append(kept["pictures"][: len(group)])
-            costs.append(json.loads(str(kept["cost"])))
-        pictures.append(np.concatenate(parts))
-    return np.stack(pictures, axis=1), costs
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], dict[str, Any]]:
+    """A method's measures, each (pairs, seeds); the costs of each photo and seed; and its settings."""
+    settings, *lines = _lines(folder / f"{name}.jsonl")
+    kept = {(line["seed"], line["photo"]): line for line in lines}
+    chosen = [[(kept[seed, number], len(group)) for number, group in photos(pairs)] for seed in range(seeds)]
+    rows = [[row for line, count in one for row in line["rows"][:count]] for one in chosen]
+    values = {
+        field: np.array([[row[field] for row in one] for one in rows], dtype=float).T for field in rows[0][0]
+    }
+    return values, [line["cost"] for one in chosen for line, _ in one], settings
 
 
 def settings_to_try(method: Method, trials: int) -> list[Dials]:
