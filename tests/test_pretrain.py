@@ -61,7 +61,16 @@ def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path)
         ".jsonl",
         ".png",
     }
-    further = ["all", str(tmp_path / "work"), "--scenes", "64", "--unet-minutes", "0.01"]
+    further = [
+        "all",
+        str(tmp_path / "work"),
+        "--scenes",
+        "64",
+        "--vae-minutes",
+        "0.01",
+        "--unet-minutes",
+        "0.01",
+    ]
     result = CliRunner().invoke(main, [*further, "--start", str(tmp_path / "base")], catch_exceptions=False)
     assert result.exit_code == 0
     pipeline = StableDiffusionPipeline.from_pretrained(
