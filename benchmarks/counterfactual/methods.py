@@ -1,4 +1,4 @@
-"""The methods that are compared, each behind the same three calls.
+"""The methods that are compared, each behind the same two calls.
 
 Every method gets the photo and the prompts as a person would type them, and no caption of the photo. The
 noise of a pair is drawn from the pair's own seed, the same for all methods.

@@ -22,6 +22,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_unitune.families import POCKET_FOLDER
+
 from . import world
 from .drawing import LOOKS, PLACES
 from .muon import Muon
@@ -181,8 +183,9 @@ def _fit_temperatures(network: Network, pictures: np.ndarray, drawn: list[world.
 
 
 def _vae() -> AutoencoderKL:
-    folder = Path(__file__).with_name("weights") / "vae"
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    return AutoencoderKL.from_pretrained(
+        POCKET_FOLDER / "vae", torch_dtype=torch.float32, use_safetensors=True
+    )
 
 
 def train(work: Path, count: int, minutes: float, batch: int = 64) -> Network:
