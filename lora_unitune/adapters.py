@@ -36,6 +36,25 @@ def lora_config(part: str, lora: LoraSettings) -> LoraConfig:
     )
 
 
+def patterns(tensors: Mapping[str, Tensor], lora: LoraSettings, part: str) -> dict[str, dict[str, float]]:
+    """Returns PEFT's rank_pattern and alpha_pattern: the layers whose rank is below their part's.
+
+    Args:
+        tensors: of the adapter, by "<part>.<module>.lora_A.weight".
+        lora: its settings.
+        part: "unet" or "text_encoder".
+    """
+    rank, end = getattr(lora, f"{part}_rank"), ".lora_A.weight"
+    ranks = {
+        key.removeprefix(f"{part}.").removesuffix(end): tensor.shape[0]
+        for key, tensor in tensors.items()
+        if key.startswith(f"{part}.") and key.endswith(end)
+    }
+    lower = {module: each for module, each in ranks.items() if each != rank}
+    scale = getattr(lora, f"{part}_alpha") / rank
+    return {"rank_pattern": lower, "alpha_pattern": {module: each * scale for module, each in lower.items()}}
+
+
 def attach(base: Base, lora: LoraSettings, generator: torch.Generator | None = None) -> None:
     """Puts a new adapter on each part whose rank isn't 0; the base's output stays the same, since B is 0.
 
@@ -82,7 +101,7 @@ def collect(base: Base) -> dict[str, Tensor]:
 
 
 def load_in_place(base: Base, tensors: Mapping[str, Tensor]) -> None:
-    """Copies an adapter's tensors into the attached adapters.
+    """Copies an adapter's tensors into the attached adapters; a layer of lower rank is filled up with zeros.
 
     Args:
         base: with adapters of the same layout attached.
@@ -101,14 +120,23 @@ def load_in_place(base: Base, tensors: Mapping[str, Tensor]) -> None:
             f"the adapter's tensor '{key}' has no place in the base; use the base it was made for"
         )
     for key, weight in weights.items():
-        if tensors[key].shape != weight.shape:
+        found, room = tensors[key].shape, weight.shape
+        inner = 0 if ".lora_A." in key else 1
+        same = len(found) == len(room) and all(
+            size == space or (axis == inner and size < space)
+            for axis, (size, space) in enumerate(zip(found, room, strict=False))
+        )
+        if not same:
             raise AdapterFileError(
-                f"the adapter's tensor '{key}' has shape {tuple(tensors[key].shape)} instead of "
-                f"{tuple(weight.shape)}; use the base it was made for"
+                f"the adapter's tensor '{key}' has shape {tuple(found)} instead of {tuple(room)}; use "
+                "the base it was made for"
             )
     with torch.no_grad():
         for key, weight in weights.items():
-            weight.copy_(tensors[key])
+            inner = 0 if ".lora_A." in key else 1
+            rank = tensors[key].shape[inner]
+            weight.narrow(inner, 0, rank).copy_(tensors[key])
+            weight.narrow(inner, rank, weight.shape[inner] - rank).zero_()
 
 
 def set_scale(base: Base, scale: float) -> None:

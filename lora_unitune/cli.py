@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_unitune import BaseModelError, UnituneError, __version__
+from lora_unitune import BaseModelError, __version__
+from lora_unitune.terminal import Commands, print_notes, progress, shown, size
 
 if TYPE_CHECKING:
     from lora_unitune import Adapter, Edit
+    from lora_unitune.convert import Layout
 
 
-class _Commands(click.Group):
-    """Turns the errors a user can meet into one line on standard error and exit code 2; Ctrl-C into 130."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command that was asked for."""
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")  # the libraries' notes to developers
-        try:
-            return super().invoke(ctx)
-        except UnituneError as error:
-            message, code = f"error: {error}", 2
-        except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else ctx.command_path
-            message, code = f"error: {error.format_message()} See {path} --help", 2
-        except KeyboardInterrupt:
-            message, code = "stopped; nothing was written", 130
-        click.echo(" ".join(message.splitlines()), err=True)
-        ctx.exit(code)
-
-
-@click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lora-unitune")
 def main() -> None:
     """Fit one photo in seconds, then edit it with words.
@@ -51,6 +27,7 @@ def main() -> None:
       lora-unitune fit photo.jpg -o photo.safetensors
       lora-unitune edit photo.safetensors "a fox at night" -o out.png
       lora-unitune inspect photo.safetensors
+      lora-unitune convert photo.safetensors --to kohya -o photo-comfyui.safetensors
     """
 
 
@@ -136,7 +113,7 @@ def fit_command(
 
     check_output(output, overwrite)
     chosen = [*overrides, *([f"fit.method={method}"] if method else [])]
-    with _progress() as tell:
+    with progress() as tell:
         tell("loading the base", 0, 1)
         from lora_unitune import fit
         from lora_unitune.adapter_file import describe
@@ -158,9 +135,9 @@ def fit_command(
     if as_json:
         click.echo(json.dumps({**described, "notes": list(notes)}))
         return
-    _print_notes(notes)
-    size, tokens = _size(described["bytes"]), adapter.rare_tokens
-    click.echo(f"{output}: {size}, fitted in {adapter.seconds:.1f} s as {tokens!r}")
+    print_notes(notes)
+    written, tokens = size(described["bytes"]), adapter.rare_tokens
+    click.echo(f"{output}: {written}, fitted in {adapter.seconds:.1f} s as {tokens!r}")
 
 
 @main.command("edit")
@@ -191,6 +168,9 @@ def fit_command(
 @click.option("--unconditional", type=click.Choice(["adapter", "base"]), help="Weights for the empty prompt.")
 @click.option("--photo", metavar="PHOTO", help="The photo to start from, when the file doesn't hold it.")
 @click.option(
+    "--tokens", default="", metavar="WORDS", help="The rare tokens, when the file doesn't say them."
+)
+@click.option(
     "--base",
     metavar="NAME|FOLDER|HUB_ID",
     help="The base model the file was fitted on; needed unless that is pocket.",
@@ -205,6 +185,7 @@ def edit_command(
     output: str,
     count: int,
     base: str | None,
+    tokens: str,
     seed: int,
     device: str,
     overwrite: bool,
@@ -214,7 +195,8 @@ def edit_command(
     """Edit the photo of an adapter FILE as PROMPT says.
 
     The prompt is the edit alone: the rare tokens that stand for the photo are in the file. Settings that
-    aren't given are those of the recipe in the file. Each PNG carries all settings that made it.
+    aren't given are those of the recipe in the file. Each PNG carries all settings that made it. A LoRA of
+    another tool (kohya's or diffusers' layout, or PEFT's folder) is opened with --tokens and --base.
 
     \b
     Examples:
@@ -230,11 +212,12 @@ def edit_command(
     for each in paths:
         check_output(each, overwrite)
     given = {name: value for name, value in settings.items() if value is not None}
-    with _progress() as tell:
+    with progress() as tell:
         tell("loading the base", 0, 1)
-        from lora_unitune import Adapter, Editor
+        from lora_unitune import Editor
+        from lora_unitune.convert import open_adapter
 
-        adapter = Adapter.load(adapter_file)
+        adapter = open_adapter(adapter_file, tokens)
         editor = Editor(_base_for(adapter, base), device=device)
         edits = []
         for done, each_seed in enumerate(seeds):
@@ -247,7 +230,7 @@ def edit_command(
         images = [_edit_entry(edit, each) for edit, each in zip(edits, paths, strict=True)]
         click.echo(json.dumps({"adapter": adapter_file, "images": images}))
         return
-    _print_notes(edits[0].notes)
+    print_notes(edits[0].notes)
     for edit, each in zip(edits, paths, strict=True):
         click.echo(f"{each}: {edit.seconds:.1f} s")
 
@@ -272,10 +255,60 @@ def inspect_command(adapter_file: str, as_json: bool) -> None:
         return
     recipe = Recipe.from_dict(described.pop("recipe"))
     for name, value in described.items():
-        click.echo(f"{name.replace('_', ' '):<16}{_shown(value)}")
+        click.echo(f"{name.replace('_', ' '):<16}{shown(value)}")
     click.echo("recipe")
     for line in recipe.to_toml().splitlines():
         click.echo(f"  {line}".rstrip())
+
+
+@main.command("convert")
+@click.argument("adapter_file", metavar="FILE")
+@click.option(
+    "--to",
+    "layout",
+    required=True,
+    type=click.Choice(["diffusers", "kohya", "peft"]),
+    help="kohya for ComfyUI and A1111; diffusers is what fit writes; peft makes a folder.",
+)
+@click.option("-o", "--output", required=True, metavar="OUT", help="The file or, for peft, folder to write.")
+@_overwrite
+@_json
+def convert_command(adapter_file: str, layout: Layout, output: str, overwrite: bool, as_json: bool) -> None:
+    """Write the adapter in FILE in another tool's layout; nothing of it is lost.
+
+    \b
+    Examples:
+      lora-unitune convert photo.safetensors --to kohya -o photo-comfyui.safetensors
+      lora-unitune convert photo-comfyui.safetensors --to diffusers -o again.safetensors
+      lora-unitune convert photo.safetensors --to peft -o photo-peft
+    """
+    from lora_unitune.convert import convert
+
+    convert(adapter_file, layout, output, overwrite)
+    click.echo(json.dumps({"file": output, "layout": layout}) if as_json else f"{output}: layout of {layout}")
+
+
+@main.command("strip")
+@click.argument("adapter_file", metavar="FILE")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The adapter file to write.")
+@click.option("--keep-photo", is_flag=True, help="Keep the photo's latents, so that edits need no --photo.")
+@_overwrite
+@_json
+def strip_command(adapter_file: str, output: str, keep_photo: bool, overwrite: bool, as_json: bool) -> None:
+    """Write the adapter in FILE without what an edit doesn't need: photo, date, seed, settings of the fit.
+
+    Its weights can redraw the photo all the same: that is what they were fitted for.
+
+    \b
+    Examples:
+      lora-unitune strip photo.safetensors -o bare.safetensors
+      lora-unitune strip photo.safetensors -o bare.safetensors --keep-photo
+    """
+    from lora_unitune.convert import strip
+
+    strip(adapter_file, output, keep_photo, overwrite)
+    written = Path(output).stat().st_size
+    click.echo(json.dumps({"file": output, "bytes": written}) if as_json else f"{output}: {size(written)}")
 
 
 @main.command("demo")
@@ -308,7 +341,7 @@ def demo_command(
       lora-unitune demo
       lora-unitune demo -o shown --seed 3 --overwrite
     """
-    with _progress() as tell:
+    with progress() as tell:
         tell("loading the base", 0, 1)
         from lora_unitune.demo import run_demo
 
@@ -335,52 +368,6 @@ def _base_for(adapter: Adapter, given: str | None) -> str:
     )
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows a bar on standard error; where that isn't a terminal, a line whenever something else begins."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        stage = ""
-
-        def tell(description: str, done: int, total: int) -> None:
-            nonlocal stage
-            begins = description.partition(",")[0] != stage
-            stage = description.partition(",")[0]
-            if begins:
-                progress.reset(task)
-            progress.update(task, description=description, completed=done, total=total)
-            if not console.is_terminal and (begins or done == total):
-                click.echo(f"{description}: {done} of {total}", err=True)
-
-        yield tell
-
-
 def _edit_entry(edit: Edit, path: Path) -> dict[str, Any]:
     """Returns what --json tells about one edit."""
     return {"file": str(path), "seconds": edit.seconds, "notes": list(edit.notes), "settings": edit.settings}
-
-
-def _print_notes(notes: tuple[str, ...]) -> None:
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1000:.0f} KB" if count < 1_000_000 else f"{count / 1_000_000:.1f} MB"
-
-
-def _shown(value: Any) -> str:
-    """Writes a described value for a person: "unet 8, text_encoder 4" rather than a dictionary."""
-    if isinstance(value, dict):
-        return ", ".join(f"{part} {_shown(item)}" for part, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return " ".join(str(item) for item in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)

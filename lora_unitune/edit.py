@@ -16,7 +16,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from lora_unitune import __version__, adapters
-from lora_unitune.adapter_file import METADATA_KEY, Adapter, check_fits
+from lora_unitune.adapter_file import Adapter, check_fits
+from lora_unitune.adapter_header import METADATA_KEY
 from lora_unitune.errors import AdapterFileError, OutputError, PromptError, RecipeError, SettingError
 from lora_unitune.families import Base, load_base
 from lora_unitune.mount import Mount
@@ -284,6 +285,8 @@ class Editor:
         started = time.perf_counter()
         if adapter is not None:
             check_fits(adapter, self.base)
+            if not adapter.rare_tokens:
+                raise PromptError("the adapter doesn't say its rare tokens; give the words with --tokens")
         settings = self._settings(adapter, photo is not None, given)
         _checked_seed(seed)
         text = " ".join(part for part in (adapter.rare_tokens if adapter else "", prompt) if part)

@@ -90,6 +90,7 @@ def fit(
         resolution=resolution,
         seed=seed,
         seconds=history.seconds,
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
     )
 
 

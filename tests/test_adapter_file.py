@@ -18,7 +18,8 @@ from random_adapters import LORA, make_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_unitune.adapter_file import PHOTO_KEY, Adapter, check_fits, describe
+from lora_unitune.adapter_file import Adapter, check_fits, describe
+from lora_unitune.adapter_header import PHOTO_KEY
 from lora_unitune.errors import AdapterFileError, OutputError
 from lora_unitune.families import Base
 from lora_unitune.recipe import FitSettings, LoraSettings, Recipe
@@ -210,7 +211,6 @@ CHANGES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda tensors, metadata, own: tensors.update({PHOTO_KEY: torch.ones(4, 16, 16)}),
         "photo_latents' has shape",
     ),
-    "no header": (lambda tensors, metadata, own: metadata.pop("lora_unitune"), "no lora_unitune header"),
     "header isn't JSON": (
         lambda tensors, metadata, own: metadata.update(lora_unitune="[" * 100_000),
         "isn't valid JSON",
@@ -307,8 +307,20 @@ def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
         describe("a\0b")
 
 
-def test_a_foreign_lora_file_is_refused(saved: Path, tmp_path: Path) -> None:
-    foreign = tmp_path / "foreign.safetensors"
-    save_file({"lora_unet_x.alpha": torch.ones(1)}, foreign)
-    with pytest.raises(AdapterFileError, match="no lora_unitune header"):
-        Adapter.load(foreign)
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_unet_x.alpha": torch.ones(1)}, "of a layer that Stable Diffusion"),
+        ({"model.weight": torch.ones(2, 2)}, "none of a LoRA adapter"),
+        ({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}, "adapts no UNet"),
+        ({"unet.to_q.lora_A.weight": torch.ones(2, 2)}, "is missing"),
+        ({"unet.to_q.lora_A.weight": torch.ones(2000, 2)}, "can't hold"),
+        ({f"lora_te{n}_text_model_encoder.alpha": torch.ones(1) for n in ("", "1")}, "twice"),
+    ],
+)
+def test_a_strangers_file_that_is_no_adapter_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    with pytest.raises(AdapterFileError, match=message):
+        Adapter.load(tmp_path / "foreign.safetensors")

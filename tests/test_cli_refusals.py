@@ -201,7 +201,7 @@ def from_the_future(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) 
         (surplus, "surplus"),
         (misshapen, "shape"),
         (not_finite, "finite"),
-        (without_header, "lora_unitune header"),
+        (without_header, "--tokens"),
         (from_the_future, "99"),
     ],
 )

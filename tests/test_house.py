@@ -16,9 +16,12 @@ STOREYS = (
     {"errors", "recipe"},
     {
         "adapter_file",
+        "adapter_header",
         "adapters",
+        "convert",
         "families",
         "guidance",
+        "kohya",
         "objective",
         "optimizers",
         "output",
@@ -28,7 +31,7 @@ STOREYS = (
     | {"rare_tokens"},
     {"edit", "mount", "prepare", "sampling", "train"},
     {"demo", "score"},
-    {"cli"},
+    {"cli", "terminal"},
 )
 """A room imports from its own storey and those before it."""
 

@@ -77,8 +77,8 @@ def changes(scene: world.Scene, rng: random.Random) -> list[world.Change]:
     else:
         local = other("companion", tuple(c for c in world.COMPANIONS if c != scene.object))
     if rng.random() < 0.5:
-        far = {"left": world.CENTRES[0], "middle": 0.5, "right": world.CENTRES[-1]}
-        layout = world.Change("x", rng.choice([x for side, x in far.items() if side != scene.side]))
+        away = world.CENTRES[0] if scene.mirrored else world.CENTRES[-1]  # where it would face the middle
+        layout = world.Change("x", away if scene.side == "middle" else 0.5)
     else:
         far = {"small": world.SIZES[0], "big": world.SIZES[-1]}
         layout = world.Change(

@@ -1,7 +1,7 @@
 """The pocket world: scenes, their pictures and captions, and the true result of every edit.
 
 A scene is one object in one place, at a time of day, in a look; everything else about it (position, size,
-mirror image, background details) is in the scene too, so the same scene with one thing changed can be drawn.
+facing, background details) is in the scene too, so the same scene with one thing changed can be drawn.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from .sprites import COLOURED, COLOURS, OBJECTS, sprite
 
 TIMES = ("day", "sunset", "night")
 SIZES = (26 / 64, 34 / 64, 42 / 64)  # small, middling, big
-CENTRES = tuple(step / 16 for step in range(5, 12))
-GROUNDS = (54 / 64, 58 / 64)
-"""Objects stand in steps of four pixels, so that a latent covers the same part of an object in every scene:
-a small model learns such objects crisply, and endless shifts of them only as blots."""
+CENTRES = (5 / 16, 8 / 16, 11 / 16)
+"""Few, and whole latents of four pixels apart, so that a latent covers the same part of an object in every
+scene: a small model learns such objects crisply, and endless shifts of them only as blots."""
 COMPANIONS = ("balloon", "mushroom", "tulip", "duck", "apple", "cactus")
 LOOK_WEIGHTS = {"plain": 0.58, "sketch": 0.14, "pixel": 0.14, "sepia": 0.14}
 
@@ -75,7 +74,7 @@ class Scene:
         colour: one of `COLOURS` for an object of `COLOURED`, else "".
         x: centre of the object, fraction of the width; drawn from `CENTRES`.
         size: longer side of the object, fraction of the width; drawn from `SIZES`.
-        mirrored: whether the object faces the other way.
+        mirrored: whether the object faces right; at a side it is drawn facing the middle.
         companion: a small second object on the other side, one of `COMPANIONS`, or "".
         seed: background details.
     """
@@ -167,15 +166,16 @@ def draw_scene(seed: int, split: str = "train") -> Scene:
         name, place = rng.choice(OBJECTS), rng.choice(tuple(PLACES))
         if is_unseen_pair(name, place) != (split == "unseen"):
             continue
+        x = rng.choice(CENTRES)
         scene = Scene(
             object=name,
             place=place,
             time=rng.choice(TIMES),
             look=rng.choices(tuple(LOOK_WEIGHTS), weights=tuple(LOOK_WEIGHTS.values()))[0],
             colour=rng.choice(tuple(COLOURS)) if name in COLOURED else "",
-            x=rng.choice(CENTRES),
+            x=x,
             size=rng.choice(SIZES),
-            mirrored=rng.random() < 0.5,
+            mirrored=rng.random() < 0.5 if x == 0.5 else x < 0.5,
             companion=rng.choice([c for c in COMPANIONS if c != name]) if rng.random() < 0.12 else "",
             seed=rng.randrange(1 << 31),
         )
@@ -187,7 +187,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     """Draws a scene, RGB, `size` × `size` pixels."""
     side, rng = size * 2, random.Random(scene.seed)
     image = backdrop(side, scene.place, scene.time, rng)
-    ground = rng.choice(GROUNDS)
+    ground = (54 if scene.scale == "small" else 58) / 64  # what is further off stands higher
     if scene.companion:
         small = sprite(scene.companion, "red" if scene.companion in COLOURED else "")
         other = 0.15 if scene.x > 0.5 else 0.85
@@ -216,10 +216,10 @@ def caption(scene: Scene, rng: random.Random) -> str:
     parts = []
     if rng.random() < 0.94:
         words = rng.choice(OBJECT_WORDS[scene.object])
-        parts.append(_phrase(scene, words, colour=rng.random() < 0.85, scale=rng.random() < 0.4))
+        parts.append(_phrase(scene, words, colour=rng.random() < 0.85, scale=rng.random() < 0.5))
         if scene.companion and rng.random() < 0.85:
             parts.append("and " + _with_article(scene.companion))
-        if rng.random() < 0.3:
+        if rng.random() < 0.5:
             parts.append(SIDE_WORDS[scene.side])
     else:
         parts.append("a scene")

@@ -1,0 +1,280 @@
+"""Other layouts: what goes there comes back, other tools read it, and strangers' files open."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import refused, run
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from random_adapters import EDIT, LORA, make_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lora_unitune import kohya
+from lora_unitune.adapter_file import Adapter, describe
+from lora_unitune.adapter_header import PHOTO_KEY
+from lora_unitune.convert import convert, open_adapter, strip
+from lora_unitune.edit import Editor
+from lora_unitune.errors import AdapterFileError, PromptError
+from lora_unitune.families import Base
+from lora_unitune.recipe import FitSettings, LoraSettings
+
+EVERYTHING = replace(
+    LORA,
+    unet_targets=("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in"),
+    text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1"),
+)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def with_low_ranks(adapter: Adapter) -> Adapter:
+    """Returns the adapter with rank 1 in every other layer."""
+    low = {key.rsplit(".", 2)[0] for key in sorted(adapter.tensors)[::4]}
+    cut = {
+        key: tensor
+        if key.rsplit(".", 2)[0] not in low
+        else (tensor[:1] if ".lora_A." in key else tensor[:, :1]).contiguous()
+        for key, tensor in adapter.tensors.items()
+    }
+    return replace(adapter, tensors=cut)
+
+
+@pytest.fixture(params=["plain", "everything", "low ranks"])
+def made(request: pytest.FixtureRequest, base15: Base) -> Adapter:
+    """An adapter with attention only, with convolutions and all else, or with ranks that differ."""
+    adapter = replace(
+        make_adapter(base15, EVERYTHING if request.param != "plain" else LORA), date="2026-01-02"
+    )
+    return with_low_ranks(adapter) if request.param == "low ranks" else adapter
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_there_and_back_is_the_same_file(
+    made: Adapter, tmp_path: Path, layout: Any, dtype: torch.dtype
+) -> None:
+    first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
+    made.save(first, dtype=dtype)
+    convert(first, layout, other)
+    convert(other, "diffusers", again)
+    before, after = load_file(first), load_file(again)
+    assert before.keys() == after.keys() and metadata_of(first) == metadata_of(again)
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == dtype for key in before)
+
+
+def plain_image(folder: Path, prepare: Any) -> torch.Tensor:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    prepare(pipeline)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    images: torch.Tensor = pipeline(
+        "zqrt ohwx a fox", num_inference_steps=3, guidance_scale=4.0, latents=noise, output_type="pt"
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sd21"])
+@pytest.mark.parametrize("low", [False, True])
+def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
+    request: pytest.FixtureRequest, tmp_path: Path, layout: str, low: bool
+) -> None:
+    base, folder = request.getfixturevalue(f"base{layout[2:]}"), request.getfixturevalue(f"tiny_{layout}")
+    adapter = make_adapter(base, EVERYTHING)
+    adapter = with_low_ranks(adapter) if low else adapter
+    adapter.save(tmp_path / "ours.safetensors")
+    convert(tmp_path / "ours.safetensors", "kohya", tmp_path / "kohya.safetensors")
+    convert(tmp_path / "ours.safetensors", "peft", tmp_path / "peft")
+
+    def from_peft(pipeline: Any) -> None:
+        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, tmp_path / "peft" / "unet")
+        pipeline.text_encoder = PeftModel.from_pretrained(
+            pipeline.text_encoder, tmp_path / "peft" / "text_encoder"
+        )
+
+    ours = plain_image(folder, lambda pipeline: pipeline.load_lora_weights(tmp_path / "ours.safetensors"))
+    theirs = plain_image(folder, lambda pipeline: pipeline.load_lora_weights(tmp_path / "kohya.safetensors"))
+    plain = plain_image(folder, lambda pipeline: None)
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert (ours - plain_image(folder, from_peft)).abs().max() <= 1e-4
+    assert (ours - plain).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
+
+
+def test_kohya_names_are_those_of_the_real_models() -> None:
+    """Every layer of Stable Diffusion 1.5 that can be adapted has a name, and the name leads back to it."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are those of 1.x
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+        )
+    names: dict[str, tuple[str, str]] = {}
+    for part, model in {"unet": unet, "text_encoder": text_encoder}.items():
+        for module, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                name = kohya.layer_name(part, module)
+                assert name not in names
+                names[name] = (part, module)
+                assert kohya.module_of(name) == (part, module)
+    attention = [name for name in names if name.startswith("lora_unet") and "attn" in name]
+    assert len(attention) == 16 * 2 * 4
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q" in names
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in names
+    assert "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0" in names
+    assert "lora_te_text_model_encoder_layers_11_self_attn_out_proj" in names
+    assert sum(name.startswith("lora_te_") for name in names) == 12 * 6
+
+
+def test_a_kohya_file_says_what_its_tools_look_for(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "kohya.safetensors"
+    adapter.save(path, layout="kohya")
+    content, metadata, tensors = path.read_bytes(), metadata_of(path), load_file(path)
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "10")
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert len(metadata["sshs_legacy_hash"]) == 8
+    assert "lora_adapter_metadata" not in metadata  # diffusers refuses it beside these keys
+    alphas = {key: tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
+    assert set(alphas.values()) == {10.0, 3.0}
+    assert 3 * len(alphas) == len(tensors), "two matrices and an alpha each; the photo is in the header"
+    assert describe(path)["photo_embedded"] is True
+
+
+def test_the_header_follows_modelspec(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "photo.safetensors"
+    replace(adapter, date="2026-01-02").save(path)
+    content, metadata = path.read_bytes(), metadata_of(path)
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.trigger_phrase"] == adapter.rare_tokens
+    assert metadata["modelspec.date"] == "2026-01-02"
+    assert metadata["modelspec.resolution"] == "32x32"
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_a_strangers_file_opens_with_tokens(
+    base15: Base, editor: Editor, tmp_path: Path, layout: Any
+) -> None:
+    adapter, settings = make_adapter(base15, EVERYTHING), replace(EDIT, strength=1.0)
+    adapter.save(tmp_path / "ours.safetensors", dtype=torch.float32, layout=layout)
+    metadata = metadata_of(tmp_path / "ours.safetensors")
+    kept = {key: value for key, value in metadata.items() if key.startswith(("ss_", "lora_adapter"))}
+    tensors = load_file(tmp_path / "ours.safetensors")
+    tensors.pop(PHOTO_KEY, None)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(tensors, foreign, kept)
+    with pytest.raises(PromptError, match="--tokens"):
+        editor.edit(open_adapter(foreign), "a fox", strength=1.0)
+    opened = open_adapter(foreign, "zqrt  ohwx")
+    assert opened.rare_tokens == "zqrt ohwx" and describe(foreign)["fingerprint"] == ""
+    ours, theirs = (
+        editor.pixels(each, ["zqrt a fox"], "", None, [0], settings) for each in (adapter, opened)
+    )
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert editor.edit(opened, "a fox", strength=1.0, steps=2).prompt == "zqrt ohwx a fox"
+    convert(foreign, "diffusers", tmp_path / "again.safetensors")
+    again = open_adapter(tmp_path / "again.safetensors")
+    assert again.tensors.keys() == opened.tensors.keys()
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in opened.tensors.items())
+
+
+def test_alphas_that_differ_from_layer_to_layer_are_kept(
+    base15: Base, editor: Editor, tmp_path: Path
+) -> None:
+    adapter, path = make_adapter(base15), tmp_path / "foreign.safetensors"
+    adapter.save(path, dtype=torch.float32, layout="kohya")
+    tensors = load_file(path)
+    alphas = sorted(key for key in tensors if key.endswith(".alpha") and key.startswith("lora_unet"))
+    expected = dict(adapter.tensors)
+    for number, key in enumerate(alphas):
+        tensors[key] *= 1 + number % 3
+        found = kohya.module_of(key.removesuffix(".alpha"))
+        assert found
+        expected[f"{found[0]}.{found[1]}.lora_B.weight"] = (1 + number % 3) * expected[
+            f"{found[0]}.{found[1]}.lora_B.weight"
+        ]
+    save_file(tensors, path)
+    settings = replace(EDIT, strength=1.0)
+    ours = editor.pixels(replace(adapter, tensors=expected), ["zqrt"], "", None, [0], settings)
+    theirs = editor.pixels(Adapter.load(path), ["zqrt"], "", None, [0], settings)
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_layers_of_lower_rank_draw_as_if_filled_with_zeros(base15: Base, editor: Editor) -> None:
+    low = with_low_ranks(make_adapter(base15))
+    full = {key: torch.zeros_like(tensor) for key, tensor in make_adapter(base15).tensors.items()}
+    for key, tensor in low.tensors.items():
+        full[key][tuple(slice(side) for side in tensor.shape)] = tensor
+    settings = replace(EDIT, strength=1.0)
+    other = editor.pixels(make_adapter(base15, seed=5), ["zqrt"], "", None, [0], settings)
+    first, second = (
+        editor.pixels(each, ["zqrt"], "", None, [0], settings) for each in (low, replace(low, tensors=full))
+    )
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_strip_takes_out_what_an_edit_doesnt_need(adapter: Adapter, tmp_path: Path) -> None:
+    path, bare = tmp_path / "photo.safetensors", tmp_path / "bare.safetensors"
+    recipe = replace(adapter.recipe, fit=FitSettings(steps=77))
+    replace(adapter, seed=123456, seconds=98.7, date="2026-01-02", recipe=recipe).save(path)
+    strip(path, bare)
+    text = json.dumps(metadata_of(bare))
+    for told in ("123456", "98.7", "2026-01-02", "77", adapter.base):
+        assert told not in text
+    before, after = Adapter.load(path), Adapter.load(bare)
+    assert after.photo_latents is None
+    assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())
+    assert after.recipe.edit == before.recipe.edit and after.fingerprint == before.fingerprint
+    strip(path, tmp_path / "kept.safetensors", keep_photo=True)
+    assert Adapter.load(tmp_path / "kept.safetensors").photo_latents is not None
+
+
+def test_convert_and_strip_on_the_command_line(adapter_file: Path, edit: list[Any], tmp_path: Path) -> None:
+    folder, bare = tmp_path / "peft", tmp_path / "bare.safetensors"
+    assert run("convert", adapter_file, "--to", "peft", "-o", folder).exit_code == 0
+    assert json.loads(run("strip", folder, "-o", bare, "--json").stdout)["bytes"] == bare.stat().st_size
+    assert "there already" in refused("convert", bare, "--to", "peft", "-o", folder, folder=tmp_path)
+    assert run("convert", bare, "--to", "peft", "-o", folder, "--overwrite").exit_code == 0
+    out = tmp_path / "out.png"
+    assert run(*edit[:-1], folder, "a fox", "-o", out, "--strength", "1").exit_code == 0
+    (folder / "unet" / "adapter_config.json").write_text("[" * 100_000)
+    assert "can't be read" in refused("convert", folder, "--to", "kohya", "-o", out, folder=tmp_path)
+    (folder / "unet" / "adapter_config.json").unlink()
+    (folder / "text_encoder" / "adapter_config.json").unlink()
+    assert "adapter_config.json" in refused("convert", folder, "--to", "kohya", "-o", out, folder=tmp_path)
+
+
+def test_full_weights_have_no_other_layout(base15: Base, tmp_path: Path) -> None:
+    tensors = {f"unet.{name}": weight.detach() for name, weight in base15.parts["unet"].named_parameters()}
+    recipe = replace(
+        make_adapter(base15).recipe, lora=LoraSettings(text_encoder_rank=0), fit=FitSettings(method="full")
+    )
+    path = tmp_path / "full.safetensors"
+    replace(make_adapter(base15), tensors=tensors, recipe=recipe).save(path)
+    for layout in ("kohya", "peft"):
+        message = refused("convert", path, "--to", layout, "-o", tmp_path / "out", folder=tmp_path)
+        assert "method 'full'" in message
+
+
+def test_a_peft_folder_with_wrong_tensors_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+    adapter.save(tmp_path / "photo.safetensors")
+    convert(tmp_path / "photo.safetensors", "peft", tmp_path / "peft")
+    weights = tmp_path / "peft" / "unet" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = min(tensors)
+    save_file({**tensors, key: tensors[key][:, :0].contiguous()}, weights)
+    with pytest.raises(AdapterFileError, match="has shape") as caught:
+        open_adapter(tmp_path / "peft")
+    assert str(caught.value).startswith(str(tmp_path / "peft"))
