@@ -96,21 +96,29 @@ def collect(base: Base) -> dict[str, Tensor]:
     Keys are "<part>.<module path>.lora_A.weight" and ".lora_B.weight", as `save_lora_weights` of diffusers
     has them.
     """
-    weights = _weights(base)
-    return {key: weight.detach().to("cpu", torch.float32, copy=True) for key, weight in weights.items()}
+    return {key: weight.detach().to("cpu", torch.float32, copy=True) for key, weight in slots(base).items()}
 
 
-def load_in_place(base: Base, tensors: Mapping[str, Tensor]) -> None:
+def slots(base: Base) -> dict[str, nn.Parameter]:
+    """Returns the attached adapters' own tensors, named as `collect` names them."""
+    weights = {}
+    for part, module in base.parts.items():
+        for name, layer in _layers(module):
+            weights[f"{part}.{name}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
+            weights[f"{part}.{name}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
+    return weights
+
+
+def load_in_place(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     """Copies an adapter's tensors into the attached adapters; a layer of lower rank is filled up with zeros.
 
     Args:
-        base: with adapters of the same layout attached.
+        weights: of attached adapters of the same layout, as `slots` returns them.
         tensors: as `collect` returns them; any dtype.
 
     Raises:
         AdapterFileError: a tensor is missing, surplus or misshapen; nothing is copied then.
     """
-    weights = _weights(base)
     for key in sorted(weights.keys() - tensors.keys()):
         raise AdapterFileError(
             f"the adapter lacks the tensor '{key}' its recipe asks for; fit the photo again"
@@ -178,15 +186,6 @@ def trainable_parameters(base: Base) -> dict[str, list[nn.Parameter]]:
 def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Returns the adapted layers of a module with their paths, in the module's own order."""
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LoraLayer)]
-
-
-def _weights(base: Base) -> dict[str, nn.Parameter]:
-    weights = {}
-    for part, module in base.parts.items():
-        for name, layer in _layers(module):
-            weights[f"{part}.{name}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
-            weights[f"{part}.{name}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
-    return weights
 
 
 def _draw(weight: nn.Parameter, generator: torch.Generator) -> None:

@@ -79,6 +79,9 @@ _set = click.option(
     "--method", type=click.Choice(["lora", "full"]), help="Train adapters, or all weights for comparison."
 )
 @click.option(
+    "--from", "start", metavar="FILE", help="Go on from an adapter, of this or another tool, for more steps."
+)
+@click.option(
     "--no-embed-photo", is_flag=True, help="Leave the photo out of the file; edits then need --photo."
 )
 @_seed
@@ -92,6 +95,7 @@ def fit_command(
     recipe: str | None,
     overrides: tuple[str, ...],
     method: str | None,
+    start: str | None,
     no_embed_photo: bool,
     seed: int,
     device: str,
@@ -117,6 +121,7 @@ def fit_command(
         tell("loading the base", 0, 1)
         from lora_unitune import fit
         from lora_unitune.adapter_file import describe
+        from lora_unitune.convert import open_adapter
         from lora_unitune.photo import load_photo
 
         adapter = fit(
@@ -127,6 +132,7 @@ def fit_command(
             seed=seed,
             device=device,
             embed_photo=not no_embed_photo,
+            start=open_adapter(start) if start else None,
             on_step=lambda step, steps, loss: tell(f"fitting, loss {loss:.4f}", step, steps),
         )
     adapter.save(output, overwrite=overwrite)

@@ -18,7 +18,8 @@ class Mount:
         """Takes a base without adapters."""
         self.base = base
         self._loaded: Adapter | None = None
-        self._full_scale = 1.0
+        self._slots: dict[str, nn.Parameter] = {}
+        self._scale = 1.0
         self._originals: dict[str, Tensor] = {}
 
     def use(self, adapter: Adapter | None, scale: float) -> None:
@@ -37,7 +38,9 @@ class Mount:
             self._use_full(adapter, scale)
         else:
             self._use_lora(adapter)
-            adapters.set_scale(self.base, scale)
+            if scale != self._scale:
+                adapters.set_scale(self.base, scale)
+                self._scale = scale
 
     def release(self) -> None:
         """Gives the base back as it was before the first adapter, to the bit."""
@@ -46,11 +49,11 @@ class Mount:
             for key, weight in self._weights().items():
                 if key in self._originals:
                     weight.copy_(self._originals[key])
-        self._originals = {}
-        self._loaded = None
+        self._originals, self._slots = {}, {}
+        self._loaded, self._scale = None, 1.0
 
     def _use_lora(self, adapter: Adapter) -> None:
-        attached = adapters.is_attached(self.base)
+        attached = bool(self._slots)
         if attached and adapter is self._loaded:
             return
         before = self._loaded
@@ -59,13 +62,14 @@ class Mount:
             if not attached or before is None or before.recipe.lora != adapter.recipe.lora:
                 self.release()
                 adapters.attach(self.base, adapter.recipe.lora)
-            adapters.load_in_place(self.base, adapter.tensors)
+                self._slots = adapters.slots(self.base)
+            adapters.load_in_place(self._slots, adapter.tensors)
         except RecipeError as error:
             raise AdapterFileError(f"the adapter's recipe doesn't suit the base: {error}") from error
         self._loaded = adapter
 
     def _use_full(self, adapter: Adapter, scale: float) -> None:
-        if adapter is self._loaded and scale == self._full_scale:
+        if adapter is self._loaded and scale == self._scale:
             return
         self.release()
         weights = self._weights()
@@ -82,7 +86,7 @@ class Mount:
             for key, tensor in adapter.tensors.items():
                 original = self._originals[key]
                 weights[key].copy_(tensor if scale == 1 else original.float().lerp(tensor, scale))
-        self._loaded, self._full_scale = adapter, scale
+        self._loaded, self._scale = adapter, scale
 
     def _weights(self) -> dict[str, nn.Parameter]:
         """Returns the base's parameters by "<part>.<name>"."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_unitune import adapters
-from lora_unitune.adapter_file import Adapter
+from lora_unitune.adapter_file import Adapter, check_fits
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base, detect_family, load_base, resolve_device
 from lora_unitune.objective import add_noise, mean_squared_loss, stratified_timesteps, training_target
@@ -49,6 +49,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     embed_photo: bool = True,
+    start: Adapter | None = None,
     on_step: OnStep | None = None,
 ) -> Adapter:
     """Fits a photo: teaches a base to draw it for a few rare tokens.
@@ -61,6 +62,8 @@ def fit(
         seed: of everything that is drawn; the same seed gives the same tensors.
         device: where a base given by name is loaded: "auto", "cpu", "cuda" or "mps".
         embed_photo: keep the photo's latents in the adapter, so that edits can start from them.
+        start: an adapter to go on from, instead of one that changes nothing; its ranks, alphas, targets and
+            rare tokens are used.
         on_step: called after each step.
 
     Returns:
@@ -71,13 +74,17 @@ def fit(
     """
     if not 0 <= seed < 2**63:
         raise SettingError(f"seed = {seed} isn't allowed; give a whole number from 0 to 2**63 - 1")
-    settings = _settings(recipe, base, overrides)
+    settings = _going_on(_settings(recipe, base, overrides), start)
     loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, str) else base
     resolution = settings.photo.resolution or loaded.resolution
     loaded.latent_shape(resolution)
     prepared = prepare(load_photo(photo, resolution), settings, loaded)
     generator = torch.Generator().manual_seed(seed)
+    if start is not None:
+        check_fits(start, loaded)
     with _adapted(loaded, settings, generator):
+        if start is not None:
+            adapters.load_in_place(adapters.slots(loaded), start.tensors)
         history = train(prepared, loaded, settings, generator, on_step)
         tensors = _full_tensors(loaded) if settings.fit.method == "full" else adapters.collect(loaded)
     return Adapter(
@@ -306,6 +313,16 @@ def _settings(recipe: Recipe | str | None, base: str | Base, overrides: Sequence
         name, family = (base, detect_family(base)[0]) if isinstance(base, str) else (base.name, base.family)
         recipe = default_recipe(name, family)
     return recipe.override(list(overrides))
+
+
+def _going_on(recipe: Recipe, start: Adapter | None) -> Recipe:
+    """Returns the recipe of a fit that goes on from an adapter: its layers, and its rare tokens."""
+    if start is None:
+        return recipe
+    if "full" in (recipe.fit.method, start.recipe.fit.method):
+        raise SettingError("a fit can go on from an adapter of method 'lora' only, and with that method")
+    tokens = recipe.prompt.rare_tokens or start.rare_tokens
+    return replace(recipe, lora=start.recipe.lora, prompt=replace(recipe.prompt, rare_tokens=tokens))
 
 
 def _load_for_fit(name: str, settings: FitSettings, device: str) -> Base:

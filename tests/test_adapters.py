@@ -31,7 +31,7 @@ def attach_random(base: Base, lora: LoraSettings, seed: int = 0) -> dict[str, to
     drawn = {
         key: 0.2 * torch.randn(t.shape, generator=generator) for key, t in adapters.collect(base).items()
     }
-    adapters.load_in_place(base, drawn)
+    adapters.load_in_place(adapters.slots(base), drawn)
     return drawn
 
 
@@ -147,7 +147,7 @@ def test_collected_tensors_come_back_to_the_bit(base: Base) -> None:
     tensors = attach_random(base, LoraSettings(), seed=1)
     expected = answer(base)
     adapters.attach(base, LoraSettings())
-    adapters.load_in_place(base, tensors)
+    adapters.load_in_place(adapters.slots(base), tensors)
     assert torch.equal(answer(base), expected)
     collected = adapters.collect(base)
     assert all(torch.equal(collected[key], tensors[key]) for key in tensors)
@@ -194,7 +194,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(b
     misshapen = {name: tensor + 1 for name, tensor in before.items()} | {key: torch.zeros(3, 3)}
     for tensors, named in ((missing, key), (surplus, "unet.nowhere.lora_A.weight"), (misshapen, key)):
         with pytest.raises(AdapterFileError, match=f"'{named}'"):
-            adapters.load_in_place(base15, tensors)
+            adapters.load_in_place(adapters.slots(base15), tensors)
     after = adapters.collect(base15)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import refused, run
+from command_line import QUICK, refused, run
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from random_adapters import EDIT, LORA, make_adapter
@@ -23,9 +23,10 @@ from lora_unitune.adapter_file import Adapter, describe
 from lora_unitune.adapter_header import PHOTO_KEY
 from lora_unitune.convert import convert, open_adapter, strip
 from lora_unitune.edit import Editor
-from lora_unitune.errors import AdapterFileError, PromptError
+from lora_unitune.errors import AdapterFileError, PromptError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.recipe import FitSettings, LoraSettings
+from lora_unitune.train import fit
 
 EVERYTHING = replace(
     LORA,
@@ -278,3 +279,28 @@ def test_a_peft_folder_with_wrong_tensors_is_refused(adapter: Adapter, tmp_path:
     with pytest.raises(AdapterFileError, match="has shape") as caught:
         open_adapter(tmp_path / "peft")
     assert str(caught.value).startswith(str(tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_fit_goes_on_from_an_adapter_of_any_layout(
+    base15: Base, photo_image: Any, tmp_path: Path, layout: Any
+) -> None:
+    steps = ["fit.steps=2", "fit.batch_size=1", "fit.unet_learning_rate=1e-12"]
+    steps += ["fit.text_encoder_learning_rate=1e-12"]
+    make_adapter(base15, EVERYTHING).save(tmp_path / "first.safetensors", dtype=torch.float32)
+    convert(tmp_path / "first.safetensors", layout, tmp_path / "other")
+    start = open_adapter(tmp_path / "other")
+    found = fit(photo_image, base=base15, overrides=steps, start=start)
+    assert found.recipe.lora == start.recipe.lora and found.rare_tokens == start.rare_tokens
+    assert all((found.tensors[key] - tensor).abs().max() < 1e-3 for key, tensor in start.tensors.items())
+    with pytest.raises(SettingError, match="method 'lora' only"):
+        fit(photo_image, base=base15, overrides=["fit.method=full"], start=start)
+
+
+def test_the_command_line_goes_on_too(
+    adapter_file: Path, photo: Path, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    out, base = tmp_path / "more.safetensors", ["--base", tiny_sd15, *QUICK]
+    assert run("fit", photo, "-o", out, "--from", adapter_file, *base).exit_code == 0
+    before, after = Adapter.load(adapter_file), Adapter.load(out)
+    assert before.tensors.keys() == after.tensors.keys() and before.digest != after.digest

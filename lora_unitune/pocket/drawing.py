@@ -26,6 +26,10 @@ OBJECT_LIGHT: dict[str, tuple[float, float, float]] = {
     "sunset": (1.0, 0.86, 0.76),
     "night": (0.62, 0.68, 0.88),
 }
+SUNS = (3 / 16, 8 / 16, 13 / 16)
+"""Where the sun or the moon stands. As objects do, backgrounds vary in few ways, a latent or more apart."""
+HORIZONS = (8 / 16, 9 / 16)
+PHASES = (0.0, 1.57, 3.14, 4.71)  # of rolling lines
 PAPER = np.array([250.0, 248.0, 242.0])
 SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
 
@@ -52,7 +56,7 @@ def sky(side: int, time: str, horizon: float, rng: random.Random) -> Image.Image
     rows = np.broadcast_to(top * (1 - along) + bottom * along, (side, side, 3))
     image = Image.fromarray(rows.astype(np.uint8), "RGB")
     draw = ImageDraw.Draw(image)
-    x = side * rng.uniform(0.12, 0.88)
+    x = side * rng.choice(SUNS)
     if time == "night":
         for _ in range(7):
             a, b, r = rng.random() * side, rng.random() * side * horizon * 0.8, side * 0.011
@@ -68,48 +72,48 @@ def sky(side: int, time: str, horizon: float, rng: random.Random) -> Image.Image
 
 def _meadow(image: Image.Image, time: str, horizon: float, rng: random.Random) -> None:
     draw, side = ImageDraw.Draw(image), image.width
-    _wave(draw, side, horizon, 0.05, rng.uniform(0, 6.28), _lit((122, 190, 90), time))
-    _wave(draw, side, horizon + 0.13, 0.03, rng.uniform(0, 6.28), _lit((84, 168, 62), time))
+    _wave(draw, side, horizon, 0.05, rng.choice(PHASES), _lit((122, 190, 90), time))
+    _wave(draw, side, horizon + 0.13, 0.03, rng.choice(PHASES), _lit((84, 168, 62), time))
 
 
 def _beach(image: Image.Image, time: str, horizon: float, rng: random.Random) -> None:
     draw, side = ImageDraw.Draw(image), image.width
     draw.rectangle((0, side * horizon, side, side), fill=_lit((38, 118, 188), time))
-    phase = rng.uniform(0, 6.28)
+    phase = rng.choice(PHASES)
     _wave(draw, side, horizon + 0.165, 0.02, phase, _lit((236, 246, 246), time))
     _wave(draw, side, horizon + 0.19, 0.02, phase, _lit((240, 214, 158), time))
 
 
 def _desert(image: Image.Image, time: str, horizon: float, rng: random.Random) -> None:
     draw, side = ImageDraw.Draw(image), image.width
-    _wave(draw, side, horizon - 0.02, 0.075, rng.uniform(0, 6.28), _lit((226, 158, 84), time))
-    _wave(draw, side, horizon + 0.13, 0.06, rng.uniform(0, 6.28), _lit((204, 126, 58), time))
+    _wave(draw, side, horizon - 0.02, 0.075, rng.choice(PHASES), _lit((226, 158, 84), time))
+    _wave(draw, side, horizon + 0.13, 0.06, rng.choice(PHASES), _lit((204, 126, 58), time))
 
 
 def _snow(image: Image.Image, time: str, horizon: float, rng: random.Random) -> None:
     draw, side = ImageDraw.Draw(image), image.width
-    for centre in (rng.uniform(0.1, 0.4), rng.uniform(0.6, 0.9)):
-        peak, half = side * (horizon - rng.uniform(0.24, 0.32)), side * 0.33
+    for centre in (rng.choice((2 / 16, 5 / 16)), rng.choice((11 / 16, 14 / 16))):
+        peak, half = side * (horizon - rng.choice((4 / 16, 5 / 16))), side * 0.33
         x, base = side * centre, side * (horizon + 0.04)
         draw.polygon([(x - half, base), (x, peak), (x + half, base)], fill=_lit((126, 142, 170), time))
         cap = 0.38
         left, right, low = x - half * cap, x + half * cap, peak + (base - peak) * cap
         draw.polygon([(left, low), (x, peak), (right, low)], fill=_lit((250, 252, 255), time))
-    _wave(draw, side, horizon + 0.02, 0.02, rng.uniform(0, 6.28), _lit((238, 244, 252), time))
+    _wave(draw, side, horizon + 0.02, 0.02, rng.choice(PHASES), _lit((238, 244, 252), time))
 
 
 def _forest(image: Image.Image, time: str, horizon: float, rng: random.Random) -> None:
     draw, side = ImageDraw.Draw(image), image.width
-    shift, base = rng.uniform(-0.08, 0.08), side * (horizon + 0.1)
+    shift, base = rng.choice((-1 / 16, 0.0, 1 / 16)), side * (horizon + 0.1)
     for index in range(7):
         x, half = side * (index / 6 + shift), side * 0.115
-        top = side * (horizon - (0.36 if index % 2 else 0.27) - rng.uniform(0, 0.06))
+        top = side * (horizon - (0.36 if index % 2 else 0.27) - rng.choice((0.0, 1 / 16)))
         colour = _lit((30, 98, 58) if index % 2 else (44, 122, 66), time)
         draw.rectangle(
             (x - side * 0.018, base - side * 0.08, x + side * 0.018, base), fill=_lit((96, 64, 40), time)
         )
         draw.polygon([(x - half, base - side * 0.06), (x, top), (x + half, base - side * 0.06)], fill=colour)
-    _wave(draw, side, horizon + 0.08, 0.012, rng.uniform(0, 6.28), _lit((88, 116, 56), time))
+    _wave(draw, side, horizon + 0.08, 0.012, rng.choice(PHASES), _lit((88, 116, 56), time))
 
 
 def _city(image: Image.Image, time: str, horizon: float, rng: random.Random) -> None:
@@ -118,7 +122,7 @@ def _city(image: Image.Image, time: str, horizon: float, rng: random.Random) -> 
     first, base, window = rng.randrange(5), side * (horizon + 0.08), (255, 226, 120)
     for index in range(5):
         left, right = side * index / 5, side * (index + 1) / 5
-        top = side * (horizon - rng.uniform(0.12, 0.42))
+        top = side * (horizon - rng.choice((2 / 16, 4 / 16, 6 / 16)))
         draw.rectangle((left, top, right - 1, base), fill=_lit(walls[(first + index) % 5], time))
         pane = window if time == "night" else _lit((206, 226, 238), time)
         y = top + side * 0.045
@@ -138,7 +142,7 @@ def _room(image: Image.Image, time: str, horizon: float, rng: random.Random) -> 
     draw.rectangle((0, 0, side, side), fill=_lit(wall, time))
     draw.rectangle((0, floor, side, side), fill=_lit((158, 104, 64), time))
     draw.rectangle((0, floor - side // 32, side, floor), fill=_lit((250, 246, 238), time))
-    x, y, frame = round(side * rng.uniform(0.06, 0.52)), round(side * 0.08), round(side * 0.022)
+    x, y, frame = round(side * rng.choice((1 / 16, 5 / 16, 8 / 16))), round(side * 0.08), round(side * 0.022)
     end = (x + outside.width, y + outside.height)
     draw.rectangle((x - frame, y - frame, end[0] + frame, end[1] + frame), fill=_lit((250, 246, 238), time))
     image.paste(outside, (x, y))
@@ -159,7 +163,7 @@ PLACES: dict[str, Callable[[Image.Image, str, float, random.Random], None]] = {
 
 def backdrop(side: int, place: str, time: str, rng: random.Random) -> Image.Image:
     """A place at a time of day, RGB, `side` × `side` pixels."""
-    horizon = rng.uniform(0.5, 0.58)
+    horizon = rng.choice(HORIZONS)
     image = sky(side, time, horizon, rng)
     PLACES[place](image, time, horizon, rng)
     return image

@@ -10,6 +10,7 @@ Each stage's learning rate follows the share of its minutes that is used up. `ex
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 import time
@@ -37,6 +38,7 @@ from .assembly import (
     rare_words,
     save_pipeline,
 )
+from .drawing import SUNS
 from .muon import Muon
 from .pictures import crops, photos_of_skimage, round_trip_psnr, scenes, to_pixels
 from .provenance import commit, copy_logs, write_provenance
@@ -44,6 +46,7 @@ from .stage import Average, Stage
 
 READ = {"torch_dtype": torch.float32, "use_safetensors": True}
 HELD_OUT = 256  # scenes for the losses in the log
+POSES = tuple(itertools.product(world.SIDE_WORDS, ("small", "", "big"), (False, True)))
 CAPTION_FIELDS = ("object", "place", "time", "look", "colour", "side", "scale", "companion")
 
 
@@ -177,6 +180,38 @@ def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return (6.0 * (1.0 - alphas_cumprod[timesteps])).clamp(max=1.0)
 
 
+class Observer(nn.Module):
+    """A UNet that also has to name, from its middle, what the noise hides: the object's pose, and the sun.
+
+    The error of the picture alone teaches a small UNet to see these only once the noise is almost gone; until
+    then it draws several poses into one another. The names are a lesson as in representation alignment
+    (arXiv 2410.06940), where features align with what we know of the scene; the head isn't kept.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.head = nn.Linear(unet.config["block_out_channels"][-1] * 16, len(POSES) + len(SUNS))
+        unet.mid_block.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: Any, features: Tensor) -> None:
+        self._features = features
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        v = self.unet(noisy, timesteps, embedded).sample
+        return v, self.head(self._features.flatten(1))
+
+
+def poses_and_suns(drawn: list[world.Scene]) -> Tensor:
+    """(n, 2) int64: which of `POSES`, and which of `SUNS`; -100 for a sun that a room hides."""
+    return torch.tensor(
+        [
+            (POSES.index((s.side, s.scale, s.mirrored)), -100 if s.place == "room" else world.sun(s))
+            for s in drawn
+        ]
+    )
+
+
 def concentrate(timesteps: Tensor) -> Tensor:
     """Moves uniform timesteps, 0 to 999, so that seven in ten lie between 350 and 850.
 
@@ -250,18 +285,22 @@ def train_unet(
     elif not stage.file.exists():
         stage.log(words_loss=teach_words(encoder, tokenizer, drawn, stage.budget / 67, device))
     parameters = [*unet.parameters(), *encoder.parameters()]
+    average = Average({"unet": unet, "text_encoder": encoder}, 0.999)
+    observer = Observer(unet).to(device)
     ends = (*unet.conv_in.parameters(), *unet.conv_out.parameters())
     inner = [p for p in unet.parameters() if p.ndim > 1 and all(p is not end for end in ends)]
     others = [p for p in parameters if all(p is not matrix for matrix in inner)]
+    others += observer.head.parameters()
     muon = Muon(inner, lr=peak, weight_decay=1e-2)
     adam = torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-    average = Average({"unet": unet, "text_encoder": encoder}, 0.999)
     things = {"unet": unet, "text_encoder": encoder, "muon": muon, "adam": adam, "average": average}
+    things["head"] = observer.head
     stage.resume(things)
     alphas, around = build_scheduler().alphas_cumprod.to(device), object_weights(drawn, mean.shape[-1])
-    generator, losses = torch.Generator().manual_seed(stage.step), list[float]()
+    labels, generator = poses_and_suns(drawn), torch.Generator().manual_seed(stage.step)
+    losses, seen = list[float](), list[float]()
     batches = caption_batches(drawn, rare_words(), batch, stage.step)
-    predict = torch.compile(unet) if compiled else unet
+    predict = torch.compile(observer) if compiled else observer
     while stage.tick([muon, adam], batch):
         chosen, texts = next(batches)
         noise = torch.randn((2, batch, *mean.shape[1:]), generator=generator)
@@ -270,24 +309,29 @@ def train_unet(
         noisy = add_noise(clean, noise[1].to(device), steps, alphas)
         with _half(device):
             embedded = encoder(tokens(tokenizer, texts).to(device)).last_hidden_state
-            v = predict(noisy.to(memory_format=torch.channels_last), steps, embedded).sample
+            v, names = predict(noisy.to(memory_format=torch.channels_last), steps, embedded)
         target = training_target(clean, noise[1].to(device), steps, alphas, "v_prediction")
         error = ((v.float() - target).square() * around[chosen].to(device)).mean((1, 2, 3))
         loss = (error * weights_of_timesteps(steps, alphas)).mean()
+        pose, sun = names.float().split((len(POSES), len(SUNS)), dim=1)
+        told = labels[chosen].to(device)
+        lesson = F.cross_entropy(pose, told[:, 0]) + F.cross_entropy(sun, told[:, 1])
         muon.zero_grad()
         adam.zero_grad()
-        loss.backward()
+        (loss + 0.1 * lesson).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         muon.step()
         adam.step()
         average.update()
         losses.append(loss.item())
+        seen += (pose.argmax(1) == told[:, 0])[(steps >= 500) & (steps < 800)].tolist()
         if stage.step % 500 == 0:
-            row = held_out_errors(work, average, tokenizer, device)
+            row = {"pose": float(np.mean(seen))} | held_out_errors(work, average, tokenizer, device)
             if stage.step % 1000 == 0:
                 row |= evaluate.shares_right(pipeline_of(work, scale, average.kept, tokenizer))
             stage.log(loss=float(np.mean(losses)), **row)
             losses.clear()
+            seen.clear()
         stage.save(things, every=120)
     stage.log(**held_out_errors(work, average, tokenizer, device))
     stage.save(things)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .drawing import LOOKS, PLACES, backdrop, stand
+from .drawing import HORIZONS, LOOKS, PLACES, SUNS, backdrop, stand
 from .sprites import COLOURED, COLOURS, OBJECTS, sprite
 
 TIMES = ("day", "sunset", "night")
@@ -198,6 +198,13 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     bottom = ground - 0.125 if scene.object == "balloon" else ground
     stand(image, main, scene.time, scene.x, max(bottom, scene.size + 0.04), scene.size)
     return LOOKS[scene.look](image, size)
+
+
+def sun(scene: Scene) -> int:
+    """Returns which of `SUNS` the sun or the moon of a scene stands at: what `render` draws second."""
+    rng = random.Random(scene.seed)
+    rng.choice(HORIZONS)
+    return SUNS.index(rng.choice(SUNS))
 
 
 def _with_article(words: str) -> str:
