@@ -167,11 +167,10 @@ class Adapter:
         content = read_content(path)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                tensors = {key: file.get_tensor(name) for key, name in content.keys.items()}
+                tensors = {key: file.get_tensor(name).float() for key, name in content.keys.items()}
         except (OSError, SafetensorError) as error:
             raise damaged(path, error) from error
         _check_finite(str(path), tensors)
-        tensors = {key: tensor.float() for key, tensor in tensors.items()}
         photo_latents = tensors.pop(PHOTO_KEY, content.photo)
         for layer, factor in content.factors.items():
             tensors[f"{layer}.lora_B.weight"] *= factor

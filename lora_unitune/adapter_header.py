@@ -7,8 +7,8 @@ kohya's, and strangers' files in either, which lack the "lora_unitune" entry.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -220,9 +220,11 @@ def _strangers_values(
     for part, of_layer in ranks.items():
         rank = max(of_layer.values(), default=0)
         scales = {module: known.get(f"{part}.{module}", 1.0) for module in of_layer}
+        if not all(0 < scale < math.inf for scale in scales.values()):
+            raise AdapterFileError(f"{path}: an alpha in its {part} isn't a positive number; {AGAIN}")
         common = max(scales.values(), default=1.0)
         factors |= {f"{part}.{m}": s / common for m, s in scales.items() if s != common}
-        settings |= {f"{part}_rank": rank, f"{part}_alpha": rank * common or 1.0}
+        settings |= {f"{part}_rank": rank, f"{part}_alpha": rank * common if rank else 1.0}
         if of_layer:
             settings[f"{part}_targets"] = tuple(sorted(of_layer))
     try:
@@ -264,7 +266,7 @@ def _scales_in_metadata(
                     scales[f"{part}.{module}"] = float(alpha) / (
                         rank**0.5 if told.get(f"{part}.use_rslora") else rank
                     )
-    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, AttributeError, TypeError, OverflowError) as error:
         raise AdapterFileError(f"{path}: its lora_adapter_metadata can't be read; {AGAIN}") from error
     return scales
 
@@ -281,7 +283,7 @@ def _photo_in(path: str | Path, metadata: Mapping[str, str]) -> Tensor | None:
             raise ValueError("its shape")
         dtype = {"float16": torch.float16, "float32": torch.float32}[told["dtype"]]
         return torch.frombuffer(content, dtype=dtype).reshape(shape).float()
-    except (ValueError, RecursionError, KeyError, TypeError, RuntimeError, binascii.Error) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise AdapterFileError(f"{path}: the photo in its header can't be read; {AGAIN}") from error
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_unitune import BaseModelError, __version__
-from lora_unitune.terminal import Commands, print_notes, progress, shown, size
+from lora_unitune.cli_files import compress_command, convert_command, inspect_command, strip_command
+from lora_unitune.terminal import Commands, json_option, overwrite_option, print_notes, progress, size
 
 if TYPE_CHECKING:
     from lora_unitune import Adapter, Edit
-    from lora_unitune.convert import Layout
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -29,6 +29,10 @@ def main() -> None:
       lora-unitune inspect photo.safetensors
       lora-unitune convert photo.safetensors --to kohya -o photo-comfyui.safetensors
     """
+
+
+for _command in (inspect_command, convert_command, strip_command, compress_command):
+    main.add_command(_command)
 
 
 def _png_name(ctx: click.Context, option: click.Parameter, value: str) -> str:
@@ -52,8 +56,6 @@ _seed = click.option(
     metavar="N",
     help="Seed of all noise.",
 )
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 _set = click.option(
     "--set",
     "overrides",
@@ -86,8 +88,8 @@ _set = click.option(
 )
 @_seed
 @_device
-@_overwrite
-@_json
+@overwrite_option
+@json_option
 def fit_command(
     photo: str,
     output: str,
@@ -183,8 +185,8 @@ def fit_command(
 )
 @_seed
 @_device
-@_overwrite
-@_json
+@overwrite_option
+@json_option
 def edit_command(
     adapter_file: str,
     prompt: str,
@@ -241,82 +243,6 @@ def edit_command(
         click.echo(f"{each}: {edit.seconds:.1f} s")
 
 
-@main.command("inspect")
-@click.argument("adapter_file", metavar="FILE")
-@_json
-def inspect_command(adapter_file: str, as_json: bool) -> None:
-    """Tell what is in an adapter FILE, without a base model.
-
-    \b
-    Examples:
-      lora-unitune inspect photo.safetensors
-      lora-unitune inspect photo.safetensors --json
-    """
-    from lora_unitune import Recipe
-    from lora_unitune.adapter_file import describe
-
-    described = describe(adapter_file)
-    if as_json:
-        click.echo(json.dumps(described))
-        return
-    recipe = Recipe.from_dict(described.pop("recipe"))
-    for name, value in described.items():
-        click.echo(f"{name.replace('_', ' '):<16}{shown(value)}")
-    click.echo("recipe")
-    for line in recipe.to_toml().splitlines():
-        click.echo(f"  {line}".rstrip())
-
-
-@main.command("convert")
-@click.argument("adapter_file", metavar="FILE")
-@click.option(
-    "--to",
-    "layout",
-    required=True,
-    type=click.Choice(["diffusers", "kohya", "peft"]),
-    help="kohya for ComfyUI and A1111; diffusers is what fit writes; peft makes a folder.",
-)
-@click.option("-o", "--output", required=True, metavar="OUT", help="The file or, for peft, folder to write.")
-@_overwrite
-@_json
-def convert_command(adapter_file: str, layout: Layout, output: str, overwrite: bool, as_json: bool) -> None:
-    """Write the adapter in FILE in another tool's layout; nothing of it is lost.
-
-    \b
-    Examples:
-      lora-unitune convert photo.safetensors --to kohya -o photo-comfyui.safetensors
-      lora-unitune convert photo-comfyui.safetensors --to diffusers -o again.safetensors
-      lora-unitune convert photo.safetensors --to peft -o photo-peft
-    """
-    from lora_unitune.convert import convert
-
-    convert(adapter_file, layout, output, overwrite)
-    click.echo(json.dumps({"file": output, "layout": layout}) if as_json else f"{output}: layout of {layout}")
-
-
-@main.command("strip")
-@click.argument("adapter_file", metavar="FILE")
-@click.option("-o", "--output", required=True, metavar="OUT", help="The adapter file to write.")
-@click.option("--keep-photo", is_flag=True, help="Keep the photo's latents, so that edits need no --photo.")
-@_overwrite
-@_json
-def strip_command(adapter_file: str, output: str, keep_photo: bool, overwrite: bool, as_json: bool) -> None:
-    """Write the adapter in FILE without what an edit doesn't need: photo, date, seed, settings of the fit.
-
-    Its weights can redraw the photo all the same: that is what they were fitted for.
-
-    \b
-    Examples:
-      lora-unitune strip photo.safetensors -o bare.safetensors
-      lora-unitune strip photo.safetensors -o bare.safetensors --keep-photo
-    """
-    from lora_unitune.convert import strip
-
-    strip(adapter_file, output, keep_photo, overwrite)
-    written = Path(output).stat().st_size
-    click.echo(json.dumps({"file": output, "bytes": written}) if as_json else f"{output}: {size(written)}")
-
-
 @main.command("demo")
 @click.option(
     "-o", "--output", default="unitune-demo", show_default=True, metavar="FOLDER", help="The folder to write."
@@ -327,8 +253,8 @@ def strip_command(adapter_file: str, output: str, keep_photo: bool, overwrite: b
 @_set
 @_seed
 @_device
-@_overwrite
-@_json
+@overwrite_option
+@json_option
 def demo_command(
     output: str,
     base: str,

@@ -18,6 +18,7 @@ STOREYS = (
         "adapter_file",
         "adapter_header",
         "adapters",
+        "compress",
         "convert",
         "families",
         "guidance",
@@ -31,7 +32,7 @@ STOREYS = (
     | {"rare_tokens"},
     {"edit", "mount", "prepare", "sampling", "train"},
     {"demo", "score"},
-    {"cli", "terminal"},
+    {"cli", "cli_files", "terminal"},
 )
 """A room imports from its own storey and those before it."""
 

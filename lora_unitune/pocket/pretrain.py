@@ -10,10 +10,8 @@ Each stage's learning rate follows the share of its minutes that is used up. `ex
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from .assembly import (
     save_pipeline,
 )
 from .drawing import SUNS
+from .lessons import POSES, Observer, poses_and_suns, teach_words, tokens
 from .muon import Muon
 from .pictures import crops, photos_of_skimage, round_trip_psnr, scenes, to_pixels
 from .provenance import commit, copy_logs, write_provenance
@@ -46,8 +45,6 @@ from .stage import Average, Stage
 
 READ = {"torch_dtype": torch.float32, "use_safetensors": True}
 HELD_OUT = 256  # scenes for the losses in the log
-POSES = tuple(itertools.product(world.SIDE_WORDS, ("small", "", "big"), (False, True)))
-CAPTION_FIELDS = ("object", "place", "time", "look", "colour", "side", "scale", "companion")
 
 
 def _half(device: str) -> torch.autocast:
@@ -121,44 +118,6 @@ def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tens
     return state["mean"], state["std"], state["scale"]
 
 
-def _labels(drawn: list[world.Scene]) -> Tensor:
-    """(n, fields) int64: which of the values that occur each attribute has."""
-    columns = [[getattr(scene, field) for scene in drawn] for field in CAPTION_FIELDS]
-    kinds = [{value: index for index, value in enumerate(sorted(set(column)))} for column in columns]
-    return torch.tensor(
-        [[kind[value] for value in column] for kind, column in zip(kinds, columns, strict=True)]
-    ).T
-
-
-def teach_words(
-    encoder: nn.Module, tokenizer: Any, drawn: list[world.Scene], seconds: float, device: str
-) -> float:
-    """A head start: the text encoder learns to name a caption's attributes from its last position."""
-    labels, rng = _labels(drawn), random.Random(1)
-    sizes = (labels.max(0).values + 1).tolist()
-    head = nn.Linear(128, sum(sizes)).to(device)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3, weight_decay=1e-3)
-    end, loss = time.monotonic() + seconds, torch.zeros(())
-    while time.monotonic() < end:
-        chosen = [rng.randrange(len(drawn)) for _ in range(64)]
-        ids = tokens(tokenizer, [world.caption(drawn[i], rng) for i in chosen]).to(device)
-        logits = head(encoder(ids).last_hidden_state[:, -1]).split(sizes, dim=1)
-        loss = torch.stack(
-            [F.cross_entropy(a, b) for a, b in zip(logits, labels[chosen].to(device).T, strict=False)]
-        ).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
-    """(n, length) int64."""
-    out = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    ids: Tensor = out.input_ids
-    return ids
-
-
 def caption_batches(
     drawn: list[world.Scene], rare: list[str], batch: int, seed: int
 ) -> Iterator[tuple[list[int], list[str]]]:
@@ -178,38 +137,6 @@ def caption_batches(
 def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """min(SNR + 1, 6) / (SNR + 1): min-SNR (arXiv 2303.09556) for v-prediction, whole at zero signal."""
     return (6.0 * (1.0 - alphas_cumprod[timesteps])).clamp(max=1.0)
-
-
-class Observer(nn.Module):
-    """A UNet that also has to name, from its middle, what the noise hides: the object's pose, and the sun.
-
-    The error of the picture alone teaches a small UNet to see these only once the noise is almost gone; until
-    then it draws several poses into one another. The names are a lesson as in representation alignment
-    (arXiv 2410.06940), where features align with what we know of the scene; the head isn't kept.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-        self.head = nn.Linear(unet.config["block_out_channels"][-1] * 16, len(POSES) + len(SUNS))
-        unet.mid_block.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, given: Any, features: Tensor) -> None:
-        self._features = features
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        v = self.unet(noisy, timesteps, embedded).sample
-        return v, self.head(self._features.flatten(1))
-
-
-def poses_and_suns(drawn: list[world.Scene]) -> Tensor:
-    """(n, 2) int64: which of `POSES`, and which of `SUNS`; -100 for a sun that a room hides."""
-    return torch.tensor(
-        [
-            (POSES.index((s.side, s.scale, s.mirrored)), -100 if s.place == "room" else world.sun(s))
-            for s in drawn
-        ]
-    )
 
 
 def concentrate(timesteps: Tensor) -> Tensor:
@@ -284,7 +211,8 @@ def train_unet(
         stage.go_on_counting()
     elif not stage.file.exists():
         stage.log(words_loss=teach_words(encoder, tokenizer, drawn, stage.budget / 67, device))
-    parameters = [*unet.parameters(), *encoder.parameters()]
+    encoder.requires_grad_(not start)  # it knows its words; the lesson below would have it forget the rest
+    parameters = [p for p in (*unet.parameters(), *encoder.parameters()) if p.requires_grad]
     average = Average({"unet": unet, "text_encoder": encoder}, 0.999)
     observer = Observer(unet).to(device)
     ends = (*unet.conv_in.parameters(), *unet.conv_out.parameters())
@@ -318,7 +246,7 @@ def train_unet(
         lesson = F.cross_entropy(pose, told[:, 0]) + F.cross_entropy(sun, told[:, 1])
         muon.zero_grad()
         adam.zero_grad()
-        (loss + 0.1 * lesson).backward()
+        (loss + 0.05 * lesson).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         muon.step()
         adam.step()

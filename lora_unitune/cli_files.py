@@ -1,0 +1,123 @@
+"""The commands that work on adapter files alone, without a base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_unitune.terminal import json_option, overwrite_option, shown, size
+
+if TYPE_CHECKING:
+    from lora_unitune.convert import Layout
+
+
+@click.command("inspect")
+@click.argument("adapter_file", metavar="FILE")
+@json_option
+def inspect_command(adapter_file: str, as_json: bool) -> None:
+    """Tell what is in an adapter FILE, without a base model.
+
+    \b
+    Examples:
+      lora-unitune inspect photo.safetensors
+      lora-unitune inspect photo.safetensors --json
+    """
+    from lora_unitune import Recipe
+    from lora_unitune.adapter_file import describe
+
+    described = describe(adapter_file)
+    if as_json:
+        click.echo(json.dumps(described))
+        return
+    recipe = Recipe.from_dict(described.pop("recipe"))
+    for name, value in described.items():
+        click.echo(f"{name.replace('_', ' '):<16}{shown(value)}")
+    click.echo("recipe")
+    for line in recipe.to_toml().splitlines():
+        click.echo(f"  {line}".rstrip())
+
+
+@click.command("convert")
+@click.argument("adapter_file", metavar="FILE")
+@click.option(
+    "--to",
+    "layout",
+    required=True,
+    type=click.Choice(["diffusers", "kohya", "peft"]),
+    help="kohya for ComfyUI and A1111; diffusers is what fit writes; peft makes a folder.",
+)
+@click.option("-o", "--output", required=True, metavar="OUT", help="The file or, for peft, folder to write.")
+@overwrite_option
+@json_option
+def convert_command(adapter_file: str, layout: Layout, output: str, overwrite: bool, as_json: bool) -> None:
+    """Write the adapter in FILE in another tool's layout; nothing of it is lost.
+
+    \b
+    Examples:
+      lora-unitune convert photo.safetensors --to kohya -o photo-comfyui.safetensors
+      lora-unitune convert photo-comfyui.safetensors --to diffusers -o again.safetensors
+      lora-unitune convert photo.safetensors --to peft -o photo-peft
+    """
+    from lora_unitune.convert import convert
+
+    convert(adapter_file, layout, output, overwrite)
+    click.echo(json.dumps({"file": output, "layout": layout}) if as_json else f"{output}: layout of {layout}")
+
+
+@click.command("strip")
+@click.argument("adapter_file", metavar="FILE")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The adapter file to write.")
+@click.option("--keep-photo", is_flag=True, help="Keep the photo's latents, so that edits need no --photo.")
+@overwrite_option
+@json_option
+def strip_command(adapter_file: str, output: str, keep_photo: bool, overwrite: bool, as_json: bool) -> None:
+    """Write the adapter in FILE without what an edit doesn't need: photo, date, seed, settings of the fit.
+
+    Its weights can redraw the photo all the same: that is what they were fitted for.
+
+    \b
+    Examples:
+      lora-unitune strip photo.safetensors -o bare.safetensors
+      lora-unitune strip photo.safetensors -o bare.safetensors --keep-photo
+    """
+    from lora_unitune.convert import strip
+
+    strip(adapter_file, output, keep_photo, overwrite)
+    written = Path(output).stat().st_size
+    click.echo(json.dumps({"file": output, "bytes": written}) if as_json else f"{output}: {size(written)}")
+
+
+@click.command("compress")
+@click.argument("adapter_file", metavar="FILE")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The adapter file to write.")
+@click.option("--keep", type=float, metavar="SHARE", help="Share of the change to keep, such as 0.99.")
+@click.option("--to-bytes", type=click.IntRange(1), metavar="N", help="Bytes the tensors may take.")
+@overwrite_option
+@json_option
+def compress_command(
+    adapter_file: str, output: str, keep: float | None, to_bytes: int | None, overwrite: bool, as_json: bool
+) -> None:
+    """Write the adapter in FILE with fewer ranks: those that add least for their bytes go first.
+
+    \b
+    Examples:
+      lora-unitune compress photo.safetensors --keep 0.99 -o small.safetensors
+      lora-unitune compress photo.safetensors --to-bytes 100000 -o small.safetensors
+    """
+    from lora_unitune.compress import compress
+    from lora_unitune.convert import open_adapter
+
+    found = compress(open_adapter(adapter_file), keep, to_bytes)
+    found.adapter.save(output, overwrite=overwrite)
+    before, after = Path(adapter_file).stat().st_size, Path(output).stat().st_size
+    if as_json:
+        ranks = {"before": found.ranks[0], "after": found.ranks[1]}
+        click.echo(json.dumps({"file": output, "bytes": after, "kept": found.kept, "ranks": ranks}))
+        return
+    click.echo(
+        f"{output}: {size(after)} instead of {size(before)}, {found.ranks[1]} of {found.ranks[0]} ranks, "
+        f"{100 * found.kept:.2f} % of the change"
+    )

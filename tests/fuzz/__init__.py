@@ -1,0 +1,1 @@
+"""Mutated adapter files, and a harness that opens them."""

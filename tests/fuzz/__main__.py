@@ -1,0 +1,224 @@
+"""Opens mutated adapter files: each is read, or refused with one line; never anything else.
+
+python -m tests.fuzz [--count 200000] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_unitune.adapter_file import Adapter, describe
+from lora_unitune.errors import AdapterFileError
+from lora_unitune.recipe import LoraSettings, Recipe
+
+LONGEST = 1.0  # seconds for one file
+LARGEST_GROWTH = 64 * 2**20  # bytes that the process may grow by, over all files
+
+NUMBERS: list[Any] = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    4,
+    7,
+    2**31,
+    2**63,
+    2**64,
+    -(2**63),
+    10**400,
+    0.5,
+    float("nan"),
+    float("inf"),
+]
+VALUES: list[Any] = [
+    *NUMBERS, None, True, False, "", "x", "\x1b[2J", "\u202e", "é" * 5000, [], [[]], {}, {"a": 1}, [1] * 99,
+    "F16", "I64",
+]  # fmt: skip
+
+
+def example(layout: Any) -> bytes:
+    """Returns a small adapter file of each kind of tensor."""
+    lora = LoraSettings(unet_rank=2, unet_targets=("to_q", "conv1"), text_encoder_rank=1)
+    shapes = {
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": ((2, 8), (8, 2)),
+        "unet.up_blocks.0.resnets.1.conv1": ((2, 4, 3, 3), (4, 2, 1, 1)),
+        "unet.mid_block.resnets.1.conv1": ((1, 4, 3, 3), (4, 1, 1, 1)),
+        "text_encoder.encoder.layers.0.self_attn.q_proj": ((1, 8), (8, 1)),
+    }
+    sides = ("lora_A", "lora_B")
+    tensors = {
+        f"{layer}.{side}.weight": torch.ones(shape)
+        for layer, pair in shapes.items()
+        for side, shape in zip(sides, pair, strict=True)
+    }
+    adapter = Adapter(
+        tensors=tensors,
+        rare_tokens="zqrt ohwx",
+        recipe=Recipe(lora=lora),
+        base="pocket",
+        fingerprint="0123456789abcdef",
+        photo_latents=torch.ones(1, 4, 2, 2),
+        resolution=64,
+        seed=1,
+        seconds=2.0,
+        date="2026-01-02",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "example.safetensors"
+        adapter.save(path, layout=layout)
+        return path.read_bytes()
+
+
+def parts_of(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Returns a file's header, and what follows it."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def whole(header: Any, body: bytes) -> bytes:
+    """Returns a file with a header, which may be text already."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    encoded = text.encode("utf-8", "surrogatepass")
+    return len(encoded).to_bytes(8, "little") + encoded + body
+
+
+def tensor_entries(content: bytes, rng: random.Random) -> bytes:
+    """Changes what the header says of a tensor: name, number format, shape or place."""
+    header, body = parts_of(content)
+    key = rng.choice([key for key in header if key != "__metadata__"])
+    entry = header[key]
+    choice = rng.randrange(7)
+    if choice == 0:
+        entry["dtype"] = rng.choice(
+            ["F16", "F32", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "x", 3, None]
+        )
+    elif choice == 1:
+        entry["shape"] = [rng.choice(NUMBERS) for _ in range(rng.randrange(6))]
+    elif choice == 2:
+        entry["data_offsets"] = [rng.choice([*NUMBERS, rng.randrange(len(body) + 9)]) for _ in range(2)]
+    elif choice == 3:
+        other = rng.choice([key for key in header if key != "__metadata__"])
+        header[key], header[other] = header[other], header[key]
+    elif choice == 4:
+        del header[key]
+    elif choice == 5:
+        name = rng.choice(
+            [key + ".x", key[:-3], key.upper(), "", "a" * 10**4, key.replace("lora_A", "lora_B")]
+        )
+        header[name] = header.pop(key)
+    else:
+        header[rng.choice(["dtype", "shape", key])] = rng.choice(VALUES)
+    return whole(header, body)
+
+
+def metadata_entries(content: bytes, rng: random.Random) -> bytes:
+    """Changes the header's own entries, or one thing deep inside them."""
+    header, body = parts_of(content)
+    metadata = header["__metadata__"]
+    key = rng.choice(list(metadata))
+    choice = rng.randrange(5)
+    if choice == 0:
+        del metadata[key]
+    elif choice == 1:
+        metadata[key] = rng.choice([*VALUES, "[" * 10**5, '{"a":' * 10**4, "9" * 5000, metadata[key][:-3]])
+    elif choice == 2:
+        header["__metadata__"] = rng.choice(VALUES)
+    else:
+        try:
+            told = json.loads(metadata[key])
+        except ValueError:
+            told = {}
+        place, inner, name = told, told, ""
+        while isinstance(inner, dict) and inner:
+            place, name = inner, rng.choice(list(inner))
+            inner = inner[name]
+            if rng.random() < 0.3:
+                break
+        if isinstance(place, dict):
+            place[name] = rng.choice(VALUES)
+        metadata[key] = json.dumps(told)
+    return whole(header, body)
+
+
+def raw_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Flips bytes, cuts, doubles or lengthens the file."""
+    changed = bytearray(content)
+    choice = rng.randrange(5)
+    if choice < 2:
+        for _ in range(rng.choice([1, 2, 8, 64])):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+    elif choice == 2:
+        del changed[rng.randrange(len(changed)) :]
+    elif choice == 3:
+        changed[:8] = rng.choice(
+            [0, 1, len(changed), len(changed) - 8, 2**63, rng.randrange(2**64)]
+        ).to_bytes(8, "little")
+    else:
+        at = rng.randrange(len(changed))
+        changed[at:at] = rng.randbytes(rng.choice([1, 8, 999]))
+    return bytes(changed)
+
+
+MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (tensor_entries, metadata_entries, raw_bytes)
+
+
+def open_mutated(count: int, seed: int = 0) -> Counter[str]:
+    """Opens mutated files.
+
+    Args:
+        count: how many.
+        seed: of the mutations.
+
+    Returns:
+        How many were read, and how many refused.
+
+    Raises:
+        AssertionError: one took too long, or the process grew too large.
+        Exception: whatever but this package's own error a file caused.
+    """
+    rng, found = random.Random(seed), Counter[str]()
+    examples = [example("diffusers"), example("kohya")]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mutated.safetensors"
+        for number in range(count):
+            content = rng.choice(examples)
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                try:
+                    content = rng.choice(MUTATIONS)(content, rng)
+                except (ValueError, KeyError, AttributeError, IndexError, TypeError):
+                    break  # the mutation before left nothing to change
+            path.write_bytes(content)
+            started = time.perf_counter()
+            for opened in (describe, Adapter.load):
+                try:
+                    opened(path)
+                    found["read"] += 1
+                except AdapterFileError as error:
+                    assert "\n" not in str(error) and str(error).isprintable(), (number, str(error))
+                    found["refused"] += 1
+            seconds = time.perf_counter() - started
+            assert seconds < LONGEST, f"file {number} took {seconds:.1f} s"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < LARGEST_GROWTH, f"the process grew by {grown} bytes"
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    print(dict(open_mutated(given.count, given.seed)))

@@ -1,0 +1,95 @@
+"""Compression: exact when nothing is lost, smaller when it is, and honest about how much."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import refused, run
+from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
+
+from lora_unitune.adapter_file import Adapter
+from lora_unitune.compress import compress
+from lora_unitune.edit import Editor
+from lora_unitune.errors import SettingError
+from lora_unitune.families import Base
+
+EVERYTHING = replace(LORA, unet_targets=("to_q", "conv1", "ff.net.2"))
+
+
+def change(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Returns what the adapter adds to each layer's weights."""
+    found = {}
+    for key in adapter.tensors:
+        if key.endswith(".lora_A.weight"):
+            path = key.removesuffix(".lora_A.weight")
+            a, b = adapter.tensors[key].flatten(1), adapter.tensors[f"{path}.lora_B.weight"].flatten(1)
+            found[path] = adapter.scale_of(path.partition(".")[0]) * b @ a
+    return found
+
+
+def test_keeping_everything_changes_nothing(base15: Base, editor: Editor) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, keep=1.0)
+    assert found.kept == pytest.approx(1.0) and found.ranks[0] == found.ranks[1]
+    before, after = change(adapter), change(found.adapter)
+    assert all((before[path] - after[path]).abs().max() < 3e-3 for path in before)
+    settings = replace(EDIT, strength=1.0)
+    first, second = (editor.pixels(a, ["zqrt"], "", None, [0], settings) for a in (adapter, found.adapter))
+    assert (first - second).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+def test_what_is_left_is_what_was_said(base15: Base, keep: float, tmp_path: Path) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, keep=keep)
+    before, after = change(adapter), change(found.adapter)
+    energy = sum(value.square().sum().item() for value in before.values())
+    lost = sum(
+        (value - after.get(path, torch.zeros(1))).square().sum().item() for path, value in before.items()
+    )
+    assert 1 - lost / energy == pytest.approx(found.kept, abs=2e-3) and keep <= found.kept < keep + 0.05
+    adapter.save(tmp_path / "before.safetensors")
+    found.adapter.save(tmp_path / "after.safetensors")
+    assert (tmp_path / "after.safetensors").stat().st_size < (tmp_path / "before.safetensors").stat().st_size
+    again = Adapter.load(tmp_path / "after.safetensors")
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in found.adapter.tensors.items())
+
+
+def test_a_compressed_adapter_edits_with_layers_missing(base15: Base, editor: Editor, tmp_path: Path) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, keep=0.3).adapter
+    assert len(found.tensors) < len(adapter.tensors)
+    settings = replace(EDIT, strength=1.0)
+    first = editor.pixels(found, ["zqrt"], "", None, [0], settings)
+    editor.pixels(adapter, ["zqrt"], "", None, [0], settings)
+    assert torch.equal(editor.pixels(found, ["zqrt"], "", None, [0], settings), first)
+
+
+def test_bytes_are_kept_to(base15: Base) -> None:
+    adapter = replace(make_adapter(base15, EVERYTHING), photo_latents=None)
+    sizes = []
+    for limit in (3000, 6000, 12000):
+        found = compress(adapter, to_bytes=limit)
+        sizes.append(2 * sum(tensor.numel() for tensor in found.adapter.tensors.values()))
+        assert sizes[-1] <= limit
+    assert sizes == sorted(set(sizes))
+
+
+def test_impossible_limits_are_refused(base15: Base, adapter: Adapter) -> None:
+    for limits, message in (({}, "give one limit"), ({"keep": 0.5, "to_bytes": 9}, "give one limit"),
+                            ({"keep": 0.0}, "keep = 0"), ({"to_bytes": 1}, "leave no rank")):  # fmt: skip
+        with pytest.raises(SettingError, match=message):
+            compress(adapter, **limits)
+    with pytest.raises(SettingError, match="method 'lora'"):
+        compress(make_full_adapter(base15), keep=0.9)
+
+
+def test_compress_on_the_command_line(adapter_file: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.safetensors"
+    told = json.loads(run("compress", adapter_file, "--keep", "0.9", "-o", small, "--json").stdout)
+    assert told["bytes"] == small.stat().st_size < adapter_file.stat().st_size
+    assert "keep = 1.9" in refused("compress", small, "--keep", "1.9", "-o", tmp_path / "x", folder=tmp_path)
