@@ -147,11 +147,16 @@ def save_pipeline(folder: Path, seed: int, scheduler: Any, **unet_changes: Any) 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
+def save_sd15(folder: Path) -> Path:
+    """Saves a tiny pipeline with the layout of Stable Diffusion 1.5."""
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    return save_pipeline(folder, 15, scheduler)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the layout of Stable Diffusion 1.5: epsilon prediction, PNDM, convolution projections."""
-    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    return save_pipeline(tmp_path_factory.mktemp("bases") / "tiny-sd15", 15, scheduler)
+    return save_sd15(tmp_path_factory.mktemp("bases") / "tiny-sd15")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,41 @@
+"""Writes the golden files of this format version, once, when it is new: python -m golden, in the folder tests.
+
+Files of released versions are never written again: whoever has one on disk expects it to open.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conftest import save_sd15
+from random_adapters import EDIT, LORA, make_adapter
+from safetensors.torch import save_file
+
+from lora_unitune.adapter_header import FORMAT_VERSION
+from lora_unitune.convert import convert
+from lora_unitune.edit import Editor
+from lora_unitune.families import load_base
+
+FOLDER = Path(__file__).parent
+SETTINGS = replace(EDIT, strength=0.9, guidance_rescale=0.5)
+PROMPT = "zqrt ohwx a fox"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        base = load_base(str(save_sd15(Path(folder) / "tiny-sd15")), device="cpu")
+    lora = replace(LORA, unet_rank=2, text_encoder_rank=1, unet_targets=("to_q", "conv1", "ff.net.2"))
+    adapter = replace(make_adapter(base, lora), date="2026-11-23")
+    first = FOLDER / f"v{FORMAT_VERSION}-diffusers.safetensors"
+    adapter.save(first)
+    convert(first, "kohya", FOLDER / f"v{FORMAT_VERSION}-kohya.safetensors")
+    convert(first, "peft", FOLDER / f"v{FORMAT_VERSION}-peft")
+    image = Editor(base).pixels(adapter, [PROMPT], "", adapter.photo_latents, [3], SETTINGS)
+    save_file({"image": image.to(torch.float16)}, FOLDER / f"v{FORMAT_VERSION}-image.safetensors")
+
+
+if __name__ == "__main__":
+    main()
