@@ -1,4 +1,6 @@
-"""Writes the golden files of this format version, once, when it is new: python -m golden, in the folder tests.
+"""Writes the golden files of this format version, once, when it is new.
+
+    cd tests && python -m golden
 
 Files of released versions are never written again: whoever has one on disk expects it to open.
 """
