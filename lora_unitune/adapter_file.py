@@ -197,6 +197,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     is_lora = recipe.fit.method == "lora"
     settings = {part: lora_settings(recipe.lora, part) for part in PARTS} if is_lora else {}
     weights = {key: shape for key, shape in content.shapes.items() if key != PHOTO_KEY}
+    embedded = PHOTO_KEY in content.shapes or content.photo is not None
     return {
         "path": str(path),
         **{key: value for key, value in content.values.items() if key != "recipe"},
@@ -204,12 +205,22 @@ def describe(path: str | Path) -> dict[str, Any]:
         "ranks": {part: rank for part, (rank, _) in settings.items()},
         "targets": {part: list(targets) for part, (rank, targets) in settings.items() if rank},
         "steps": recipe.fit.steps,
-        "photo_embedded": PHOTO_KEY in content.shapes or content.photo is not None,
+        "photo_embedded": embedded,
         "tensors": len(weights),
         "parameters": sum(math.prod(shape) for shape in weights.values()),
         "bytes": Path(path).stat().st_size,
+        "privacy": _privacy(content.values, embedded),
         "recipe": recipe.to_dict(),
     }
+
+
+def _privacy(values: Mapping[str, Any], embedded: bool) -> str:
+    """Says what a file tells about the person and the machine that made it."""
+    told = [f"the base's name {values['base']!r}"]
+    told += [f"the day of the fit {values['date']}"] if values.get("date") else []
+    told += ["its settings, seed and seconds"] if values["seconds"] else []
+    told += ["the photo in the base's latents"] if embedded else []
+    return f"this file can redraw its photo; it also holds {', '.join(told)} (see strip)"
 
 
 def check_fits(adapter: Adapter, base: Base) -> None:

@@ -10,7 +10,15 @@ import click
 
 from lora_unitune import BaseModelError, __version__
 from lora_unitune.cli_files import compress_command, convert_command, inspect_command, strip_command
-from lora_unitune.terminal import Commands, json_option, overwrite_option, print_notes, progress, size
+from lora_unitune.terminal import (
+    Commands,
+    base_option,
+    json_option,
+    overwrite_option,
+    print_notes,
+    progress,
+    size,
+)
 
 if TYPE_CHECKING:
     from lora_unitune import Adapter, Edit
@@ -178,11 +186,7 @@ def fit_command(
 @click.option(
     "--tokens", default="", metavar="WORDS", help="The rare tokens, when the file doesn't say them."
 )
-@click.option(
-    "--base",
-    metavar="NAME|FOLDER|HUB_ID",
-    help="The base model the file was fitted on; needed unless that is pocket.",
-)
+@base_option
 @_seed
 @_device
 @overwrite_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_unitune.terminal import json_option, overwrite_option, shown, size
+from lora_unitune.terminal import base_option, json_option, overwrite_option, shown, size
 
 if TYPE_CHECKING:
     from lora_unitune.convert import Layout
@@ -95,29 +95,47 @@ def strip_command(adapter_file: str, output: str, keep_photo: bool, overwrite: b
 @click.option("-o", "--output", required=True, metavar="OUT", help="The adapter file to write.")
 @click.option("--keep", type=float, metavar="SHARE", help="Share of the change to keep, such as 0.99.")
 @click.option("--to-bytes", type=click.IntRange(1), metavar="N", help="Bytes the tensors may take.")
+@base_option
 @overwrite_option
 @json_option
 def compress_command(
-    adapter_file: str, output: str, keep: float | None, to_bytes: int | None, overwrite: bool, as_json: bool
+    adapter_file: str,
+    output: str,
+    keep: float | None,
+    to_bytes: int | None,
+    base: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write the adapter in FILE with fewer ranks: those that add least for their bytes go first.
+
+    Where the base is at hand (pocket is; else --base), it tells how much of the effect on the base's
+    predictions is lost.
 
     \b
     Examples:
       lora-unitune compress photo.safetensors --keep 0.99 -o small.safetensors
       lora-unitune compress photo.safetensors --to-bytes 100000 -o small.safetensors
     """
-    from lora_unitune.compress import compress
+    from lora_unitune.compress import compress, effect_lost
     from lora_unitune.convert import open_adapter
+    from lora_unitune.families import load_base
+    from lora_unitune.output import check_output
 
-    found = compress(open_adapter(adapter_file), keep, to_bytes)
+    check_output(output, overwrite)
+    adapter = open_adapter(adapter_file)
+    found = compress(adapter, keep, to_bytes)
+    near = base or ("pocket" if adapter.base == "pocket" else None)
+    lost = effect_lost(load_base(near), adapter, found.adapter) if near else None
     found.adapter.save(output, overwrite=overwrite)
     before, after = Path(adapter_file).stat().st_size, Path(output).stat().st_size
     if as_json:
         ranks = {"before": found.ranks[0], "after": found.ranks[1]}
-        click.echo(json.dumps({"file": output, "bytes": after, "kept": found.kept, "ranks": ranks}))
+        told = {"file": output, "bytes": after, "kept": found.kept, "ranks": ranks, "effect_lost": lost}
+        click.echo(json.dumps(told))
         return
     click.echo(
         f"{output}: {size(after)} instead of {size(before)}, {found.ranks[1]} of {found.ranks[0]} ranks, "
         f"{100 * found.kept:.2f} % of the change"
+        + (f", {100 * lost:.1f} % of its effect lost" if lost is not None else "")
     )

@@ -79,6 +79,11 @@ def shown(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
+base_option = click.option(
+    "--base",
+    metavar="NAME|FOLDER|HUB_ID",
+    help="The base model the file was fitted on; needed unless that is pocket.",
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."

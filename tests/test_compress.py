@@ -12,7 +12,7 @@ from command_line import refused, run
 from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
 
 from lora_unitune.adapter_file import Adapter
-from lora_unitune.compress import compress
+from lora_unitune.compress import compress, effect_lost
 from lora_unitune.edit import Editor
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base
@@ -77,6 +77,14 @@ def test_bytes_are_kept_to(base15: Base) -> None:
         sizes.append(2 * sum(tensor.numel() for tensor in found.adapter.tensors.values()))
         assert sizes[-1] <= limit
     assert sizes == sorted(set(sizes))
+
+
+def test_the_effect_lost_grows_with_what_is_cut(base15: Base) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    lost = [effect_lost(base15, adapter, compress(adapter, keep=keep).adapter) for keep in (1.0, 0.9, 0.5)]
+    assert lost[0] < 0.01 < lost[1] < lost[2] < 1.5
+    bare = replace(adapter, photo_latents=None)
+    assert effect_lost(base15, bare, bare) == 0
 
 
 def test_impossible_limits_are_refused(base15: Base, adapter: Adapter) -> None:

@@ -234,6 +234,8 @@ def test_strip_takes_out_what_an_edit_doesnt_need(adapter: Adapter, tmp_path: Pa
     text = json.dumps(metadata_of(bare))
     for told in ("123456", "98.7", "2026-01-02", "77", adapter.base):
         assert told not in text
+    assert "2026-01-02" in describe(path)["privacy"] and "latents" in describe(path)["privacy"]
+    assert "latents" not in describe(bare)["privacy"] and "can redraw" in describe(bare)["privacy"]
     before, after = Adapter.load(path), Adapter.load(bare)
     assert after.photo_latents is None
     assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())

@@ -18,7 +18,6 @@ STOREYS = (
         "adapter_file",
         "adapter_header",
         "adapters",
-        "compress",
         "convert",
         "families",
         "guidance",
@@ -30,7 +29,7 @@ STOREYS = (
         "pocket",
     }
     | {"rare_tokens"},
-    {"edit", "mount", "prepare", "sampling", "train"},
+    {"compress", "edit", "mount", "prepare", "sampling", "train"},
     {"demo", "score"},
     {"cli", "cli_files", "terminal"},
 )
