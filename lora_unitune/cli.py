@@ -17,6 +17,7 @@ from lora_unitune.terminal import (
     overwrite_option,
     print_notes,
     progress,
+    shown,
     size,
 )
 
@@ -245,6 +246,31 @@ def edit_command(
     print_notes(edits[0].notes)
     for edit, each in zip(edits, paths, strict=True):
         click.echo(f"{each}: {edit.seconds:.1f} s")
+
+
+@main.command("doctor")
+@_device
+@json_option
+def doctor_command(device: str, as_json: bool) -> None:
+    """Tell what this machine has, what works on it, and which recipe suits it.
+
+    \b
+    Examples:
+      lora-unitune doctor
+      lora-unitune doctor --json
+    """
+    from lora_unitune.doctor import examine
+
+    found = examine(device)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    notes = found.pop("notes")
+    for name in ("free_bytes", "total_bytes"):
+        found[name] = "unknown" if found[name] is None else f"{found[name] / 2**30:.1f} GiB"
+    for name, value in found.items():
+        click.echo(f"{name.replace('_', ' '):<18}{shown(value)}")
+    print_notes(tuple(notes))
 
 
 @main.command("demo")

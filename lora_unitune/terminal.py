@@ -74,7 +74,7 @@ def shown(value: Any) -> str:
         return ", ".join(f"{part} {shown(item)}" for part, item in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(str(item) for item in value)
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value is None:
         return "yes" if value else "no"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 

@@ -30,7 +30,7 @@ STOREYS = (
     }
     | {"rare_tokens"},
     {"compress", "edit", "mount", "prepare", "sampling", "train"},
-    {"demo", "score"},
+    {"demo", "doctor", "score"},
     {"cli", "cli_files", "terminal"},
 )
 """A room imports from its own storey and those before it."""

@@ -8,9 +8,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from lora_unitune.pocket import world
 from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, rare_words
+from lora_unitune.pocket.drawing import SUNS
+from lora_unitune.pocket.lessons import poses_and_suns
 from lora_unitune.pocket.pretrain import main, weights_of_timesteps
 
 
@@ -40,6 +43,20 @@ def test_the_schedule_ends_in_pure_noise_and_no_timestep_is_left_out() -> None:
     assert weights.max() == 1
     assert weights[-1] == 1
     assert weights.min() > 0
+
+
+def test_lessons_name_what_is_in_the_picture() -> None:
+    """The sun that a scene is labelled with is the one that is drawn; every pose that occurs has a label."""
+    drawn = [world.draw_scene(seed) for seed in range(300)]
+    labels = poses_and_suns(drawn)
+    assert len(set(labels[:, 0].tolist())) == 12
+    clear = [i for i, s in enumerate(drawn) if (s.time, s.look) == ("day", "plain") and labels[i, 1] >= 0]
+    assert len(clear) > 30
+    for i in clear:
+        picture = np.asarray(world.render(drawn[i])).astype(int)
+        yellow = (picture[..., 0] > 240) & (picture[..., 2] < 130)
+        shares = [yellow[4:13, int(64 * x) - 3 : int(64 * x) + 3].mean() for x in SUNS]
+        assert int(np.argmax(shares)) == labels[i, 1]
 
 
 def test_training_goes_on_where_it_stopped(trained: Path) -> None:
@@ -73,6 +90,9 @@ def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path)
     ]
     result = CliRunner().invoke(main, [*further, "--start", str(tmp_path / "base")], catch_exceptions=False)
     assert result.exit_code == 0
+    learned = torch.load(tmp_path / "work" / "unet.pt", weights_only=True)
+    kept = CLIPTextModel.from_pretrained(tmp_path / "base" / "text_encoder").state_dict()
+    assert all(torch.equal(kept[key], tensor) for key, tensor in learned["text_encoder"].items())
     pipeline = StableDiffusionPipeline.from_pretrained(
         tmp_path / "base", torch_dtype=torch.float32, use_safetensors=True
     )

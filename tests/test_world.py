@@ -46,6 +46,16 @@ def test_every_object_is_seen_somewhere_and_every_attribute_occurs() -> None:
     assert all(bool(scene.colour) == (scene.object in COLOURED) for scene in drawn)
 
 
+def test_objects_at_a_side_face_the_middle() -> None:
+    drawn = [draw_scene(seed) for seed in range(300)]
+    assert {scene.side: scene.mirrored for scene in drawn if scene.side != "middle"} == {
+        "left": True,
+        "right": False,
+    }
+    assert {scene.mirrored for scene in drawn if scene.side == "middle"} == {True, False}
+    assert len({scene.size for scene in drawn}) == 3
+
+
 def test_captions_use_only_known_words_and_vary() -> None:
     rng = random.Random(0)
     known = {word.strip(",") for word in words()}

@@ -196,7 +196,7 @@ def train_unet(
     start: Path | None,
     compiled: bool,
 ) -> None:
-    """UNet and text encoder together, on latents drawn from the VAE's posteriors."""
+    """UNet and text encoder together (from a start, the UNet alone), on latents from the VAE's posteriors."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     mean, std, scale = encode_scenes(work, "train", count, device)
@@ -305,7 +305,7 @@ def main() -> None:
 @click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
-    help="Folder of earlier weights, which learn on for the given minutes; 0 leaves the VAE as it is.",
+    help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet learn on, the text encoder not.",
 )
 def run_all(
     work: Path,
