@@ -163,7 +163,7 @@ def raw_bytes(content: bytes, rng: random.Random) -> bytes:
         del changed[rng.randrange(len(changed)) :]
     elif choice == 3:
         changed[:8] = rng.choice(
-            [0, 1, len(changed), len(changed) - 8, 2**63, rng.randrange(2**64)]
+            [0, 1, len(changed), max(0, len(changed) - 8), 2**63, rng.randrange(2**64)]
         ).to_bytes(8, "little")
     else:
         at = rng.randrange(len(changed))
