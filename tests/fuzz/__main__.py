@@ -198,7 +198,7 @@ def open_mutated(count: int, seed: int = 0) -> Counter[str]:
             for _ in range(rng.choice([1, 1, 2, 3])):
                 try:
                     content = rng.choice(MUTATIONS)(content, rng)
-                except (ValueError, KeyError, AttributeError, IndexError, TypeError):
+                except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
                     break  # the mutation before left nothing to change
             path.write_bytes(content)
             started = time.perf_counter()
