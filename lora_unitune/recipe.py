@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -355,7 +354,7 @@ def _checked_number(name: str, value: Any, kind: type, limits: Mapping[str, Any]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right_type = is_number and (kind is float or isinstance(value, int))
     low, high, is_open = limits["low"], limits["high"], limits.get("open", False)
-    if not right_type or not math.isfinite(value) or not low <= value <= high or (is_open and value == low):
+    if not right_type or not low <= value <= high or (is_open and value == low):
         noun = "a whole number" if kind is int else "a number"
         lower = f"above {low:g} and up to" if is_open else f"from {low:g} to"
         raise RecipeError(f"{name} = {value!r} isn't allowed; give {noun} {lower} {high:g}")

@@ -74,6 +74,7 @@ def test_overrides_are_read_in_the_settings_own_type() -> None:
         ("fit.steps=0", "a whole number from 1"),
         ("fit.unet_learning_rate=nan", "a number above 0"),
         ("fit.unet_learning_rate=inf", "a number above 0"),
+        (f"fit.steps={10**400}", "a whole number from 1"),
         ("fit.precision=fp8", "auto, fp32, bf16, fp16"),
         ("fit.gradient_checkpointing=maybe", "true or false"),
         ("lora.unet_targets=", "a list of one or more names"),
