@@ -101,13 +101,13 @@ class Adapter:
         tensors = self._file_tensors(dtype)
         _check_finite("this adapter", tensors)
         metadata = {"format": "pt"}
-        if self.fingerprint:
-            metadata |= {METADATA_KEY: self.header(), **_modelspec(self, tensors)}
         if layout == "kohya":
             tensors, entries = self._as_kohya(tensors)
             metadata |= entries
         elif self.recipe.fit.method == "lora":
             metadata["lora_adapter_metadata"] = json.dumps(_diffusers_metadata(self), sort_keys=True)
+        if self.fingerprint:
+            metadata |= {METADATA_KEY: self.header(), **_modelspec(self, tensors)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata), overwrite)
 
     @cached_property
@@ -239,8 +239,8 @@ def check_fits(adapter: Adapter, base: Base) -> None:
 
 
 def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the entries of the ModelSpec standard, 1.0.1, that lists of models show."""
-    widths = {t.shape[1] for key, t in tensors.items() if key.endswith("attn2.to_k.lora_A.weight")}
+    """Returns the entries of ModelSpec 1.0.1, which lists of models show; tensors are those of the file."""
+    widths = {t.shape[1] for key, t in adapter.tensors.items() if key.endswith("attn2.to_k.lora_A.weight")}
     kinds = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512"}
     kind = kinds.get(next(iter(widths)), adapter.base) if len(widths) == 1 else adapter.base
     entries = {

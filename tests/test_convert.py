@@ -144,6 +144,7 @@ def test_a_kohya_file_says_what_its_tools_look_for(adapter: Adapter, tmp_path: P
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "10")
     body = content[8 + int.from_bytes(content[:8], "little") :]
     assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
     assert len(metadata["sshs_legacy_hash"]) == 8
     assert "lora_adapter_metadata" not in metadata  # diffusers refuses it beside these keys
     alphas = {key: tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
