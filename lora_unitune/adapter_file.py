@@ -22,25 +22,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_unitune import kohya
+from lora_unitune.adapter_checks import damaged, lora_settings, shown
 from lora_unitune.adapter_header import (
     FORMAT_VERSION,
     METADATA_CHECKS,
     METADATA_KEY,
-    PARTS,
     PHOTO_KEY,
     RANKS_KEY,
-    damaged,
-    lora_settings,
     photo_text,
     read_content,
-    shown,
 )
 from lora_unitune.errors import AdapterFileError, SettingError
-from lora_unitune.families import Base
+from lora_unitune.families import PARTS, Base
 from lora_unitune.output import write_atomically
 from lora_unitune.recipe import Recipe
 
 Layout = Literal["diffusers", "kohya"]
+_BASES = {
+    768: ("sd_v1", "stable-diffusion-v1"),
+    1024: ("sd_v2", "stable-diffusion-v2-512"),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+"""Width of a base's text embeddings -> its name in kohya's header and in ModelSpec."""
+
 _DIFFUSERS_ENTRIES = ("r", "lora_alpha", "target_modules", "use_rslora")
 
 
@@ -61,7 +65,7 @@ class Adapter:
         seed: of the fit.
         seconds: the training took.
         date: day of the fit, YYYY-MM-DD, or "".
-        family: kind of the base.
+        family: kind of the base, "sd" or "sdxl".
         format_version: of the file.
     """
 
@@ -125,10 +129,11 @@ class Adapter:
             raise SettingError("an adapter of method 'full' has no kohya layout; fit the photo with 'lora'")
         photo = tensors.pop(PHOTO_KEY, None)
         lora = self.recipe.lora
-        ranks = {part: lora_settings(lora, part)[0] for part in PARTS}
+        ranks = {part: lora_settings(lora, part)[0] for part in self.parts}
         filled, lower = kohya.filled_up(tensors, ranks)
-        renamed = kohya.to_kohya(filled, {part: self.scale_of(part) for part in PARTS})
-        entries = kohya.header(renamed, lora.unet_rank, lora.unet_alpha, self.title)
+        renamed = kohya.to_kohya(filled, {part: self.scale_of(part) for part in self.parts}, self.family)
+        version, _ = self._known_base or _BASES[768]
+        entries = kohya.header(renamed, lora.unet_rank, lora.unet_alpha, self.title, version)
         entries |= {} if photo is None else {PHOTO_KEY: photo_text(photo)}
         return renamed, entries | ({RANKS_KEY: json.dumps(lower, sort_keys=True)} if lower else {})
 
@@ -142,6 +147,19 @@ class Adapter:
         """Returns alpha / rank, what the product of a layer's two matrices is multiplied by."""
         rank = lora_settings(self.recipe.lora, part)[0]
         return float(getattr(self.recipe.lora, f"{part}_alpha") / rank) if rank else 0.0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a base of its family that can be adapted."""
+        return PARTS[self.family]
+
+    @property
+    def _known_base(self) -> tuple[str, str] | None:
+        """The names of the base's kind in other tools, by the width of its text embeddings."""
+        if self.family == "sdxl":
+            return _BASES[2048]
+        widths = {t.shape[1] for key, t in self.tensors.items() if key.endswith("attn2.to_k.lora_A.weight")}
+        return _BASES.get(next(iter(widths))) if len(widths) == 1 else None
 
     @property
     def title(self) -> str:
@@ -195,7 +213,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     content = read_content(path)
     recipe: Recipe = content.values["recipe"]
     is_lora = recipe.fit.method == "lora"
-    settings = {part: lora_settings(recipe.lora, part) for part in PARTS} if is_lora else {}
+    parts = PARTS[content.values["family"]]
+    settings = {part: lora_settings(recipe.lora, part) for part in parts} if is_lora else {}
     weights = {key: shape for key, shape in content.shapes.items() if key != PHOTO_KEY}
     embedded = PHOTO_KEY in content.shapes or content.photo is not None
     return {
@@ -240,9 +259,7 @@ def check_fits(adapter: Adapter, base: Base) -> None:
 
 def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns the entries of ModelSpec 1.0.1, which lists of models show; tensors are those of the file."""
-    widths = {t.shape[1] for key, t in adapter.tensors.items() if key.endswith("attn2.to_k.lora_A.weight")}
-    kinds = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512"}
-    kind = kinds.get(next(iter(widths)), adapter.base) if len(widths) == 1 else adapter.base
+    _, kind = adapter._known_base or ("", adapter.base)
     entries = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{kind}/lora",
@@ -265,7 +282,7 @@ def _diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
     from lora_unitune.adapters import lora_config, patterns
 
     metadata: dict[str, Any] = {}
-    for part in PARTS:
+    for part in adapter.parts:
         rank, _ = lora_settings(adapter.recipe.lora, part)
         if not rank:
             continue

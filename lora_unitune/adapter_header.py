@@ -20,18 +20,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_unitune import kohya
+from lora_unitune.adapter_checks import (
+    AGAIN,
+    LORA_KEY,
+    check_full_tensors,
+    check_is_safetensors,
+    check_lora_tensors,
+    damaged,
+    shown,
+)
 from lora_unitune.errors import AdapterFileError, RecipeError
+from lora_unitune.families import PARTS
 from lora_unitune.recipe import LoraSettings, Recipe
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lora_unitune"
 PHOTO_KEY = "lora_unitune.photo_latents"
 RANKS_KEY = "lora_unitune.ranks"
-LARGEST_HEADER = 16 * 2**20  # bytes
-PARTS = ("unet", "text_encoder")
-AGAIN = "make or download the file again"
 
-_LORA_KEY = re.compile(r"(?P<part>unet|text_encoder)\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _DATE = re.compile(r"(\d{4}-\d{2}-\d{2})?", re.ASCII)
 _NUMBER_FORMATS = ("F16", "BF16", "F32")
 
@@ -97,11 +103,12 @@ def read_content(path: str | Path) -> Content:
         values = _checked_metadata(path, metadata)
         factors = dict[str, float]()
         if values["recipe"].fit.method == "lora":
-            check_lora_tensors(path, weights, values["recipe"].lora)
+            check_lora_tensors(path, weights, values["recipe"].lora, values["family"])
         else:
-            _check_full_tensors(path, weights, values["recipe"].lora)
+            check_full_tensors(path, weights, values["recipe"].lora, values["family"])
     else:
-        values, factors = _strangers_values(path, weights, metadata, scales)
+        family = "sdxl" if kohya.is_sdxl(found) or _is_sdxl(weights) else "sd"
+        values, factors = _strangers_values(path, weights, metadata, scales, family)
     return Content(
         keys={ours: key for ours, key in keys.items() if key not in alphas},
         shapes=shapes,
@@ -112,13 +119,6 @@ def read_content(path: str | Path) -> Content:
     )
 
 
-def lora_settings(lora: LoraSettings, part: str) -> tuple[int, tuple[str, ...]]:
-    """Returns the rank and the targets of a part's adapters."""
-    if part == "unet":
-        return lora.unet_rank, lora.unet_targets
-    return lora.text_encoder_rank, lora.text_encoder_targets
-
-
 def _our_key(path: str | Path, key: str) -> str:
     """Returns a tensor's name in this package; a kohya key is translated, any other stays."""
     if not kohya.is_kohya([key]):
@@ -126,37 +126,16 @@ def _our_key(path: str | Path, key: str) -> str:
     found = kohya.our_key(key)
     if found is None:
         raise AdapterFileError(
-            f"{path}: tensor {shown(key)} is of a layer that Stable Diffusion 1.x and 2.x don't have; give "
-            "an adapter for one of them"
+            f"{path}: tensor {shown(key)} is of a layer that Stable Diffusion 1.x, 2.x and XL don't have; "
+            "give an adapter for one of them"
         )
     return found
 
 
-def check_is_safetensors(path: Path) -> None:
-    """Looks at a file's first bytes before anything parses it.
-
-    Raises:
-        AdapterFileError: it isn't there, is a pickle, or is something else.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-    except FileNotFoundError:
-        raise AdapterFileError(f"{path} doesn't exist; give the path of an adapter file") from None
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} can't be read ({_reason(error)}); give an adapter file") from error
-    header = int.from_bytes(start, "little")
-    if len(start) == 8 and header <= min(LARGEST_HEADER, size - 8):
-        return
-    # A header's length may begin with the same two bytes as a pickle (0x80, protocol), never the third.
-    is_pickle = start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and any(start[2:3])
-    if start.startswith(b"PK") or is_pickle:
-        raise AdapterFileError(
-            f"{path} is a pickle or a zip, which can run code when opened, and is never loaded; give a "
-            "safetensors file that lora-unitune wrote"
-        )
-    raise AdapterFileError(f"{path} isn't a complete adapter file; {AGAIN}")
+def _is_sdxl(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Says whether tensors are of Stable Diffusion XL, by its second text encoder or its widths."""
+    widths = {shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.lora_A.weight")}
+    return widths == {2048} or any(key.startswith("text_encoder_2.") for key in shapes)
 
 
 def _checked_metadata(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -200,11 +179,12 @@ def _strangers_values(
     shapes: Mapping[str, tuple[int, ...]],
     metadata: Mapping[str, str],
     alphas: Mapping[str, float],
+    family: str,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Returns the fields of `Adapter` for a file of another tool, and each layer's factor."""
-    ranks: dict[str, dict[str, int]] = {part: {} for part in PARTS}
+    ranks: dict[str, dict[str, int]] = {part: {} for part in PARTS[family]}
     for key, shape in shapes.items():
-        match = _LORA_KEY.fullmatch(key)
+        match = LORA_KEY.fullmatch(key)
         if not match or len(shape) < 2:
             raise AdapterFileError(
                 f"{path}: tensor {shown(key)} is none of a LoRA adapter in diffusers' or kohya's layout; "
@@ -231,12 +211,12 @@ def _strangers_values(
         lora = LoraSettings(**settings)
     except RecipeError as error:
         raise AdapterFileError(f"{path}: an adapter this package can't hold: {error}") from error
-    check_lora_tensors(path, shapes, lora)
+    check_lora_tensors(path, shapes, lora, family)
     values = {
         **dict.fromkeys(("fingerprint", "rare_tokens"), ""),
         **dict.fromkeys(("resolution", "seed", "seconds"), 0),
         "format_version": FORMAT_VERSION,
-        "family": "sd",
+        "family": family,
         "base": "unknown",
         "recipe": Recipe(lora=lora),
     }
@@ -325,74 +305,10 @@ METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
     "format_version": lambda value: _is_whole(value, 1, FORMAT_VERSION),
     "base": _is_line,
     "fingerprint": _is_line,
-    "family": _is_line,
+    "family": lambda value: isinstance(value, str) and value in PARTS,
     "rare_tokens": _is_line,
     "recipe": lambda value: isinstance(value, dict),
     "resolution": lambda value: _is_whole(value, 1, 65536),
     "seed": lambda value: _is_whole(value, -(2**63), 2**64 - 1),
     "seconds": _is_duration,
 }
-
-
-def check_lora_tensors(path: str | Path, shapes: Mapping[str, tuple[int, ...]], lora: LoraSettings) -> None:
-    """Checks that the tensors are pairs A (rank, in, ...), B (out, rank, ...) of modules the recipe names.
-
-    A layer's rank may be below the recipe's: its alpha / rank is the same.
-
-    Raises:
-        AdapterFileError: they aren't.
-    """
-    for key, shape in shapes.items():
-        match = _LORA_KEY.fullmatch(key)
-        rank, targets = lora_settings(lora, match["part"]) if match else (0, ())
-        ends = tuple(f".{target}" for target in targets)
-        if not match or not rank or not f".{match['module']}".endswith(ends):
-            raise AdapterFileError(f"{path}: tensor {shown(key)} doesn't belong in it; {AGAIN}")
-        side, other = ("A", "B") if match["side"] == "A" else ("B", "A")
-        partner = f"{match['part']}.{match['module']}.lora_{other}.weight"
-        if partner not in shapes:
-            raise AdapterFileError(f"{path}: tensor {shown(partner)} is missing; {AGAIN}")
-        inner = 0 if side == "A" else 1
-        is_matrix = len(shape) in (2, 4) and len(shapes[partner]) == len(shape) and 0 not in shape
-        if not is_matrix or shape[inner] > rank or shape[inner] != shapes[partner][1 - inner]:
-            raise AdapterFileError(f"{path}: tensor {shown(key)} has shape {shape}, not rank {rank}; {AGAIN}")
-    for part in PARTS:
-        rank, _ = lora_settings(lora, part)
-        ranks = {key: shape[0] for key, shape in shapes.items() if _is_of(part, key) and ".lora_A." in key}
-        if rank and not ranks:
-            raise AdapterFileError(f"{path}: the tensors of its {part} are missing; {AGAIN}")
-        if rank and max(ranks.values()) < rank:
-            key = min(ranks)
-            raise AdapterFileError(
-                f"{path}: tensor {shown(key)} has shape {shapes[key]}, not rank {rank}; {AGAIN}"
-            )
-
-
-def _is_of(part: str, key: str) -> bool:
-    return key.startswith(f"{part}.")
-
-
-def _check_full_tensors(path: str | Path, shapes: Mapping[str, tuple[int, ...]], lora: LoraSettings) -> None:
-    """Checks that the tensors are of the parts that were trained; an Editor checks each against its base."""
-    parts = [part for part in PARTS if lora_settings(lora, part)[0]]
-    for key in shapes:
-        if key.partition(".")[0] not in parts or _LORA_KEY.fullmatch(key):
-            raise AdapterFileError(f"{path}: tensor {shown(key)} doesn't belong in it; {AGAIN}")
-    for part in parts:
-        if not any(_is_of(part, key) for key in shapes):
-            raise AdapterFileError(f"{path}: the tensors of its {part} are missing; {AGAIN}")
-
-
-def shown(key: str) -> str:
-    """Returns a tensor's key as a short piece of one line."""
-    return repr(key if len(key) <= 120 else f"{key[:117]}...")
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return text[:200] or type(error).__name__
-
-
-def damaged(path: str | Path, error: Exception) -> AdapterFileError:
-    """Returns the error for a file that safetensors can't read."""
-    return AdapterFileError(f"{path} is damaged or incomplete ({_reason(error)}); {AGAIN}")

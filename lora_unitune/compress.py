@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lora_unitune.adapter_file import Adapter
-from lora_unitune.adapter_header import PARTS
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base
 from lora_unitune.mount import Mount
@@ -160,7 +159,7 @@ def _taken_apart(adapter: Adapter) -> list[_Layer]:
 def _put_together(adapter: Adapter, layers: list[_Layer], ranks: list[int]) -> Adapter:
     """Returns an adapter of the layers that kept a rank, with alpha = rank throughout."""
     tensors: dict[str, Tensor] = {}
-    modules: dict[str, dict[str, int]] = {part: {} for part in PARTS}
+    modules: dict[str, dict[str, int]] = {part: {} for part in adapter.parts}
     for layer, rank in zip(layers, ranks, strict=True):
         if not rank:
             continue

@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_unitune.adapter_checks import check_is_safetensors, damaged
 from lora_unitune.adapter_file import Adapter
-from lora_unitune.adapter_header import METADATA_KEY, PARTS, PHOTO_KEY, check_is_safetensors
+from lora_unitune.adapter_header import METADATA_KEY, PHOTO_KEY
 from lora_unitune.adapters import lora_config, patterns
 from lora_unitune.errors import AdapterFileError, OutputError, SettingError
+from lora_unitune.families import PARTS
 from lora_unitune.recipe import FitSettings, PromptSettings
 
 Layout = Literal["diffusers", "kohya", "peft"]
@@ -118,7 +120,7 @@ def _write_peft(adapter: Adapter, folder: Path, dtype: torch.dtype, overwrite: b
         raise OutputError(f"{folder} can't be written: there is no folder {folder.parent}; create it first")
     temporary = folder.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        for part in PARTS:
+        for part in adapter.parts:
             tensors = {f"{_PREFIX}{key.removeprefix(f'{part}.')}": tensor.to(dtype).contiguous()
                        for key, tensor in adapter.tensors.items() if key.startswith(f"{part}.")}  # fmt: skip
             if tensors:
@@ -147,7 +149,7 @@ def _peft_config(adapter: Adapter, part: str) -> dict[str, Any]:
 
 def _read_peft(folder: Path) -> Adapter:
     """Reads a folder of PEFT's, by way of the one file that the same tensors make."""
-    parts = {part: folder / part for part in PARTS if (folder / part / _CONFIG).is_file()}
+    parts = {part: folder / part for part in PARTS["sdxl"] if (folder / part / _CONFIG).is_file()}
     if not parts and (folder / _CONFIG).is_file():
         parts = {"unet": folder}
     if not parts:
@@ -177,7 +179,7 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
     except (OSError, SafetensorError) as error:
-        raise AdapterFileError(f"{path} is damaged or incomplete ({error}); {_AGAIN}") from error
+        raise damaged(path, error) from error
 
 
 def _config_of(path: Path) -> dict[str, Any]:

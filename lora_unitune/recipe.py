@@ -71,6 +71,9 @@ class LoraSettings(_Checked):
         text_encoder_rank: Rank of the text encoder's adapters; 0 leaves the text encoder as it is.
         text_encoder_alpha: Their alpha.
         text_encoder_targets: Ends of the names of the text encoder's modules that are adapted.
+        text_encoder_2_rank: The same for the second text encoder, of bases that have one.
+        text_encoder_2_alpha: Likewise.
+        text_encoder_2_targets: Likewise.
     """
 
     unet_rank: int = field(default=8, metadata=_between(1, 1024))
@@ -79,6 +82,9 @@ class LoraSettings(_Checked):
     text_encoder_rank: int = field(default=4, metadata=_between(0, 1024))
     text_encoder_alpha: float = field(default=4.0, metadata=_above(0, 4096))
     text_encoder_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    text_encoder_2_rank: int = field(default=4, metadata=_between(0, 1024))
+    text_encoder_2_alpha: float = field(default=4.0, metadata=_above(0, 4096))
+    text_encoder_2_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class FitSettings(_Checked):
         batch_size: Noised copies of the photo in one forward pass.
         gradient_accumulation: Forward passes per optimizer step.
         unet_learning_rate: Learning rate of the UNet's adapters.
-        text_encoder_learning_rate: Learning rate of the text encoder's adapters.
+        text_encoder_learning_rate: Learning rate of the text encoders' adapters.
         optimizer: Name of an optimizer, see `lora_unitune.optimizers`.
         weight_decay: Decoupled weight decay.
         max_gradient_norm: Gradients are clipped to this norm; 0 leaves them alone.
@@ -266,6 +272,7 @@ _SECTIONS: dict[str, type] = {
     "prompt": PromptSettings,
     "edit": EditSettings,
 }
+_DEFAULTS = {"sd": "sd15/8gb", "sdxl": "sdxl/12gb"}
 _SECTION_OF = {kind.__name__: name for name, kind in _SECTIONS.items()}
 
 
@@ -280,9 +287,9 @@ def default_recipe(base_name: str, family: str) -> Recipe:
 
     Args:
         base_name: Name, folder or hub id of the base, as the user gave it.
-        family: The base's family; "sd" is the only one so far, and shares one default.
+        family: The base's family, "sd" or "sdxl".
     """
-    return Recipe.load("pocket/default" if base_name == "pocket" else "sd15/8gb")
+    return Recipe.load("pocket/default" if base_name == "pocket" else _DEFAULTS[family])
 
 
 def _recipe_folder() -> Path:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_unitune import adapters
+from lora_unitune.adapter_checks import lora_settings
 from lora_unitune.adapter_file import Adapter, check_fits
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base, detect_family, load_base, resolve_device
@@ -24,7 +25,7 @@ from lora_unitune.objective import add_noise, mean_squared_loss, stratified_time
 from lora_unitune.optimizers import make_optimizer
 from lora_unitune.photo import load_photo
 from lora_unitune.prepare import Prepared, prepare
-from lora_unitune.recipe import FitSettings, Recipe, default_recipe
+from lora_unitune.recipe import FitSettings, LoraSettings, Recipe, default_recipe
 
 OnStep = Callable[[int, int, float], None]
 """Called after each optimizer step with the step (from 1), the number of steps, and the step's loss."""
@@ -95,6 +96,7 @@ def fit(
         fingerprint=loaded.fingerprint,
         photo_latents=_as_saved(prepared.latent_mean) if embed_photo else None,
         resolution=resolution,
+        family=loaded.family,
         seed=seed,
         seconds=history.seconds,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
@@ -121,14 +123,17 @@ def train(
     settings = recipe.fit
     parameters = adapters.trainable_parameters(base)
     accelerator = _accelerator(settings, base.device)
-    rates = {"unet": settings.unet_learning_rate, "text_encoder": settings.text_encoder_learning_rate}
     groups: list[dict[str, Any]] = [
-        {"params": found, "lr": rates[part]} for part, found in parameters.items()
+        {
+            "params": found,
+            "lr": settings.unet_learning_rate if part == "unet" else settings.text_encoder_learning_rate,
+        }
+        for part, found in parameters.items()
     ]
     optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
     trained = [parameter for group in groups for parameter in group["params"]]
-    embed = _prompt_encoder(prepared, base, accelerator, trained="text_encoder" in parameters)
+    embed = _prompt_encoder(prepared, base, accelerator, trained=parameters.keys() > {"unet"})
     losses: list[float] = []
     started = time.perf_counter()
     with _checkpointing(base, settings.gradient_checkpointing):
@@ -262,7 +267,7 @@ def _adapted(base: Base, recipe: Recipe, generator: torch.Generator) -> Iterator
     """Makes the base trainable as the recipe says, and restores it to the bit, whatever happens."""
     adapters.detach(base)
     if recipe.fit.method == "full":
-        with _full_weights(base, recipe.lora.text_encoder_rank > 0):
+        with _full_weights(base, recipe.lora):
             yield
         return
     try:
@@ -273,15 +278,15 @@ def _adapted(base: Base, recipe: Recipe, generator: torch.Generator) -> Iterator
 
 
 @contextlib.contextmanager
-def _full_weights(base: Base, with_text_encoder: bool) -> Iterator[None]:
-    """Makes all weights of the UNet, and of the text encoder if asked, trainable; restores them afterwards.
+def _full_weights(base: Base, lora: LoraSettings) -> Iterator[None]:
+    """Makes all weights of the parts whose rank isn't 0 trainable; restores them afterwards.
 
     Raises:
         SettingError: the base's weights are in half precision, in which small updates are lost.
     """
     if base.dtype != torch.float32:
         raise SettingError("fit.method = 'full' needs a base in float32; load it with dtype=torch.float32")
-    parts = [module for part, module in base.parts.items() if part == "unet" or with_text_encoder]
+    parts = [module for part, module in base.parts.items() if lora_settings(lora, part)[0]]
     weights = [weight for part in parts for weight in part.parameters()]
     originals = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
     try:

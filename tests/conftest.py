@@ -1,4 +1,4 @@
-"""Tiny random bases with the layouts of Stable Diffusion 1.5 and 2.1, built in code, without downloads."""
+"""Tiny random bases with the layouts of Stable Diffusion 1.5, 2.1 and XL, built in code."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from command_line import QUICK, run
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
 from random_adapters import make_adapter
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_unitune.adapter_file import Adapter
 from lora_unitune.adapters import detach
@@ -66,7 +68,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def build_tokenizer(max_length: int = 16) -> CLIPTokenizer:
+def build_tokenizer(max_length: int = 16, **special: str) -> CLIPTokenizer:
     """Builds a small CLIP tokenizer that knows `COMMON_WORDS` and, later in its vocabulary, `RARE_WORDS`."""
     merges = learn_merges(COMMON_WORDS * 2 + RARE_WORDS)
     alphabet = byte_alphabet()
@@ -74,10 +76,10 @@ def build_tokenizer(max_length: int = 16) -> CLIPTokenizer:
     names += list(dict.fromkeys("".join(pair) for pair in merges))
     names += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {name: index for index, name in enumerate(names)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length, **special)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 16) -> CLIPTextModel:
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 16, kind: Any = CLIPTextModel) -> Any:
     """Builds a random two-layer CLIP text encoder for `tokenizer`."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -89,8 +91,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 16) -> CLIPTextMod
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        projection_dim=width,
     )
-    return CLIPTextModel(config).eval()
+    return kind(config).eval()
 
 
 def build_vae() -> AutoencoderKL:
@@ -167,6 +170,58 @@ def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     unet = {"use_linear_projection": True, "attention_head_dim": [2, 4]}
     return save_pipeline(tmp_path_factory.mktemp("bases") / "tiny-sd21", 21, scheduler, **unet)
+
+
+XL_UNET: dict[str, Any] = {
+    "block_out_channels": (16, 16, 32),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 2, 4),
+    "use_linear_projection": True,
+    "cross_attention_dim": 16 + 24,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+"""The blocks of Stable Diffusion XL's UNet, narrow."""
+
+
+def save_sdxl(folder: Path) -> Path:
+    """Saves a tiny pipeline with the layout of Stable Diffusion XL."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(30)
+        tokenizers = (build_tokenizer(), build_tokenizer(pad_token="!"))
+        pipeline = StableDiffusionXLPipeline(
+            vae=build_vae(),
+            text_encoder=build_text_encoder(tokenizers[0]),
+            text_encoder_2=build_text_encoder(tokenizers[1], 24, CLIPTextModelWithProjection),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=build_unet(**XL_UNET),
+            scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        )
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the layout of Stable Diffusion XL: two text encoders, and sizes as a condition."""
+    return save_sdxl(tmp_path_factory.mktemp("bases") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def shared_basexl(tiny_sdxl: Path) -> Base:
+    """The SDXL layout, loaded once; use `basexl`, which checks that a test leaves it unchanged."""
+    return load_base(str(tiny_sdxl), device="cpu")
+
+
+@pytest.fixture
+def basexl(shared_basexl: Base) -> Iterator[Base]:
+    """The SDXL layout on the CPU; the test fails when it changes the base's weights."""
+    yield from _lend(shared_basexl)
 
 
 @pytest.fixture(scope="session")

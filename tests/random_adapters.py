@@ -12,7 +12,14 @@ from lora_unitune.adapters import attach, collect, detach
 from lora_unitune.families import Base
 from lora_unitune.recipe import EditSettings, FitSettings, LoraSettings, Recipe
 
-LORA = LoraSettings(unet_rank=4, unet_alpha=10.0, text_encoder_rank=2, text_encoder_alpha=3.0)
+LORA = LoraSettings(
+    unet_rank=4,
+    unet_alpha=10.0,
+    text_encoder_rank=2,
+    text_encoder_alpha=3.0,
+    text_encoder_2_rank=3,
+    text_encoder_2_alpha=7.5,
+)
 EDIT = EditSettings(steps=4, guidance=4.0)
 
 
@@ -37,6 +44,7 @@ def make_adapter(base: Base, lora: LoraSettings = LORA, seed: int = 0) -> Adapte
         fingerprint=base.fingerprint,
         photo_latents=torch.randn((1, *base.latent_shape()), generator=generator),
         resolution=base.resolution,
+        family=base.family,
         seed=seed,
         seconds=1.0,
     )

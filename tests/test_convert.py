@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from command_line import QUICK, refused, run
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from conftest import XL_UNET
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from random_adapters import EDIT, LORA, make_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_unitune import kohya
 from lora_unitune.adapter_file import Adapter, describe
@@ -32,6 +33,7 @@ EVERYTHING = replace(
     LORA,
     unet_targets=("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in"),
     text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1"),
+    text_encoder_2_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc2"),
 )
 
 
@@ -52,12 +54,15 @@ def with_low_ranks(adapter: Adapter) -> Adapter:
     return replace(adapter, tensors=cut)
 
 
+@pytest.fixture(params=["15", "21", "xl"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return request.getfixturevalue(f"base{request.param}")
+
+
 @pytest.fixture(params=["plain", "everything", "low ranks"])
-def made(request: pytest.FixtureRequest, base15: Base) -> Adapter:
+def made(request: pytest.FixtureRequest, base: Base) -> Adapter:
     """An adapter with attention only, with convolutions and all else, or with ranks that differ."""
-    adapter = replace(
-        make_adapter(base15, EVERYTHING if request.param != "plain" else LORA), date="2026-01-02"
-    )
+    adapter = replace(make_adapter(base, EVERYTHING if request.param != "plain" else LORA), date="2026-01-02")
     return with_low_ranks(adapter) if request.param == "low ranks" else adapter
 
 
@@ -76,7 +81,7 @@ def test_there_and_back_is_the_same_file(
 
 
 def plain_image(folder: Path, prepare: Any) -> torch.Tensor:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     prepare(pipeline)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -86,7 +91,7 @@ def plain_image(folder: Path, prepare: Any) -> torch.Tensor:
     return images
 
 
-@pytest.mark.parametrize("layout", ["sd15", "sd21"])
+@pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
 @pytest.mark.parametrize("low", [False, True])
 def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
     request: pytest.FixtureRequest, tmp_path: Path, layout: str, low: bool
@@ -99,10 +104,9 @@ def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
     convert(tmp_path / "ours.safetensors", "peft", tmp_path / "peft")
 
     def from_peft(pipeline: Any) -> None:
-        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, tmp_path / "peft" / "unet")
-        pipeline.text_encoder = PeftModel.from_pretrained(
-            pipeline.text_encoder, tmp_path / "peft" / "text_encoder"
-        )
+        for part in base.parts:
+            adapted = PeftModel.from_pretrained(getattr(pipeline, part), tmp_path / "peft" / part)
+            setattr(pipeline, part, adapted)
 
     ours = plain_image(folder, lambda pipeline: pipeline.load_lora_weights(tmp_path / "ours.safetensors"))
     theirs = plain_image(folder, lambda pipeline: pipeline.load_lora_weights(tmp_path / "kohya.safetensors"))
@@ -112,21 +116,26 @@ def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
     assert (ours - plain).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
 
 
-def test_kohya_names_are_those_of_the_real_models() -> None:
-    """Every layer of Stable Diffusion 1.5 that can be adapted has a name, and the name leads back to it."""
+def kohya_names(models: dict[str, torch.nn.Module], family: str) -> dict[str, tuple[str, str]]:
+    """Returns the name of every layer that can be adapted; each is another, and leads back to its layer."""
+    names: dict[str, tuple[str, str]] = {}
+    for part, model in models.items():
+        for module, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and module != "text_projection":
+                name = kohya.layer_name(part, module, family)
+                assert name not in names
+                names[name] = (part, module)
+                assert kohya.module_of(name) == (part, module)
+    return names
+
+
+def test_kohya_names_are_those_of_stable_diffusion_15() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are those of 1.x
         text_encoder = CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
         )
-    names: dict[str, tuple[str, str]] = {}
-    for part, model in {"unet": unet, "text_encoder": text_encoder}.items():
-        for module, layer in model.named_modules():
-            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-                name = kohya.layer_name(part, module)
-                assert name not in names
-                names[name] = (part, module)
-                assert kohya.module_of(name) == (part, module)
+    names = kohya_names({"unet": unet, "text_encoder": text_encoder}, "sd")
     attention = [name for name in names if name.startswith("lora_unet") and "attn" in name]
     assert len(attention) == 16 * 2 * 4
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q" in names
@@ -134,6 +143,68 @@ def test_kohya_names_are_those_of_the_real_models() -> None:
     assert "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0" in names
     assert "lora_te_text_model_encoder_layers_11_self_attn_out_proj" in names
     assert sum(name.startswith("lora_te_") for name in names) == 12 * 6
+
+
+def sdxl_names() -> set[str]:
+    """The kohya names of all layers of SDXL, counted out from the structure of Stability's own UNet."""
+    attention = ("to_q", "to_k", "to_v", "to_out_0")
+    block = [f"attn{number}_{name}" for number in (1, 2) for name in attention]
+    block += ["ff_net_0_proj", "ff_net_2"]
+    resnet = ("in_layers_2", "emb_layers_1", "out_layers_3")
+    depths = {4: 2, 5: 2, 7: 10, 8: 10}  # input block -> transformer layers
+    names = ["input_blocks_0_0", "input_blocks_3_0_op", "input_blocks_6_0_op", "out_2"]
+    names += ["time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2"]
+    names += ["output_blocks_2_2_conv", "output_blocks_5_2_conv"]
+    places = [(f"input_blocks_{n}", depths.get(n, 0)) for n in (1, 2, 4, 5, 7, 8)]
+    places += [(f"output_blocks_{n}", 10 if n < 3 else 2 if n < 6 else 0) for n in range(9)]
+    names += [f"{place}_0_{layer}" for place, _ in places for layer in resnet]
+    names += [f"{place}_0_skip_connection" for place in ("input_blocks_4", "input_blocks_7")]
+    names += [f"output_blocks_{n}_0_skip_connection" for n in range(9)]
+    names += [f"middle_block_{n}_{layer}" for n in (0, 2) for layer in resnet]
+    for place, depth in [(f"{place}_1", depth) for place, depth in places if depth] + [
+        ("middle_block_1", 10)
+    ]:
+        names += [f"{place}_proj_in", f"{place}_proj_out"]
+        names += [f"{place}_transformer_blocks_{n}_{layer}" for n in range(depth) for layer in block]
+    found = {f"lora_unet_{name}" for name in names}
+    inside = [f"self_attn_{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp_fc1", "mlp_fc2"]
+    for encoder, layers in (("te1", 12), ("te2", 32)):
+        start = f"lora_{encoder}_text_model_encoder_layers"
+        found |= {f"{start}_{n}_{name}" for n in range(layers) for name in inside}
+    return found
+
+
+def test_kohya_names_are_those_of_stable_diffusion_xl() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=XL_UNET["down_block_types"],
+            up_block_types=XL_UNET["up_block_types"],
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        small = CLIPTextConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
+        large = CLIPTextConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20)
+        text = {"text_encoder": CLIPTextModel(small), "text_encoder_2": CLIPTextModelWithProjection(large)}
+    assert set(kohya_names({"unet": unet, **text}, "sdxl")) == sdxl_names()
+
+
+def test_strangers_sdxl_files_open_whole(basexl: Base, tmp_path: Path) -> None:
+    """Without this package's header the family shows in the names, or in the second text encoder."""
+    adapter = make_adapter(basexl, EVERYTHING)
+    for layout in ("kohya", "diffusers"):
+        path = tmp_path / f"{layout}.safetensors"
+        replace(adapter, fingerprint="", photo_latents=None).save(path, dtype=torch.float32, layout=layout)
+        assert "lora_unitune" not in metadata_of(path)
+        opened = Adapter.load(path)
+        assert opened.family == "sdxl" and opened.tensors.keys() == adapter.tensors.keys()
+        assert [opened.scale_of(part) for part in opened.parts] == [2.5, 1.5, 2.5]
+        assert all(torch.equal(opened.tensors[key], tensor) for key, tensor in adapter.tensors.items())
 
 
 def test_a_kohya_file_says_what_its_tools_look_for(adapter: Adapter, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from diffusers import (
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
 )
 from PIL import Image
 from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
@@ -48,7 +50,7 @@ def saved_and_loaded(adapter: Adapter, path: Path) -> Adapter:
     return Adapter.load(path)
 
 
-@pytest.mark.parametrize("layout", ["sd15", "sd21"])
+@pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
 @pytest.mark.parametrize("negative_prompt", ["", "a red car"])
 def test_a_plain_pipeline_gives_the_same_image(
     request: pytest.FixtureRequest,
@@ -63,12 +65,13 @@ def test_a_plain_pipeline_gives_the_same_image(
     settings = replace(EDIT, strength=1.0, guidance=5.0, guidance_rescale=0.7)
     ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], negative_prompt, None, [3], settings)
     capfd.readouterr()
-    pipeline = plain_pipeline(StableDiffusionPipeline, base, folder, path)
+    kind = StableDiffusionXLPipeline if layout == "sdxl" else StableDiffusionPipeline
+    pipeline = plain_pipeline(kind, base, folder, path)
     written = capfd.readouterr()
     noise = torch.randn((1, *base.latent_shape()), generator=torch.Generator().manual_seed(3))
     arguments: dict[str, Any] = {
         "prompt": "zqrt ohwx a fox",
-        "negative_prompt": negative_prompt,
+        "negative_prompt": negative_prompt or None,
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
         "guidance_rescale": settings.guidance_rescale,
@@ -83,7 +86,7 @@ def test_a_plain_pipeline_gives_the_same_image(
     assert (plain - theirs).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
 
 
-@pytest.mark.parametrize("layout", ["sd15", "sd21"])
+@pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
 @pytest.mark.parametrize("strength", [0.95, 0.5])
 def test_a_plain_image_to_image_pipeline_gives_the_same_image(
     request: pytest.FixtureRequest, tmp_path: Path, layout: str, strength: float
@@ -93,7 +96,8 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
     adapter = saved_and_loaded(make_adapter(base), path)
     settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
     ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
-    theirs = plain_pipeline(StableDiffusionImg2ImgPipeline, base, folder, path)(
+    kind = StableDiffusionXLImg2ImgPipeline if layout == "sdxl" else StableDiffusionImg2ImgPipeline
+    theirs = plain_pipeline(kind, base, folder, path)(
         "zqrt ohwx a fox",
         image=adapter.photo_latents,
         strength=strength,

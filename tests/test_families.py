@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from lora_unitune.errors import BaseModelError, DeviceError, RecipeError
-from lora_unitune.families import Base, load_base, resolve_device
+from lora_unitune.families import PARTS, Base, load_base, resolve_device
 from lora_unitune.photo import load_photo, photo_to_tensor
 
 
@@ -25,14 +25,18 @@ def pipeline_of(folder: Path) -> StableDiffusionPipeline:
     )
 
 
-@pytest.fixture(params=["15", "21"])
+@pytest.fixture(params=["15", "21", "xl"])
 def base(request: pytest.FixtureRequest) -> Base:
     return request.getfixturevalue(f"base{request.param}")
 
 
 def test_a_base_keeps_the_protocol(base: Base) -> None:
     assert isinstance(base, Base)
-    assert base.family == "sd" and len(base.fingerprint) == 16 and int(base.fingerprint, 16) >= 0
+    assert (
+        base.parts.keys() == set(PARTS[base.family])
+        and len(base.fingerprint) == 16
+        and int(base.fingerprint, 16) >= 0
+    )
     assert (
         base.resolution == 32 and base.latent_shape() == (4, 16, 16) and base.latent_shape(64) == (4, 32, 32)
     )

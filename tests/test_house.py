@@ -15,6 +15,7 @@ PACKAGE = Path(lora_unitune.__file__).resolve().parent
 STOREYS = (
     {"errors", "recipe"},
     {
+        "adapter_checks",
         "adapter_file",
         "adapter_header",
         "adapters",

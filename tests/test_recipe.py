@@ -16,7 +16,7 @@ from lora_unitune.recipe import (
     default_recipe,
 )
 
-SHIPPED = ["pocket/default", "sd15/12gb", "sd15/6gb", "sd15/8gb"]
+SHIPPED = ["pocket/default", "sd15/12gb", "sd15/6gb", "sd15/8gb", "sdxl/12gb"]
 
 
 def test_shipped_recipes_are_found_by_name() -> None:
@@ -133,6 +133,7 @@ def test_unknown_recipes_are_suggested(tmp_path: Path) -> None:
 def test_each_base_has_a_default_recipe() -> None:
     assert default_recipe("pocket", "sd") == Recipe.load("pocket/default")
     assert default_recipe("owner/model", "sd") == Recipe.load("sd15/8gb")
+    assert default_recipe("owner/model", "sdxl") == Recipe.load("sdxl/12gb")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

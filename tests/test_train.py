@@ -39,7 +39,7 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
     return max((first[key] - second[key]).abs().max().item() for key in first)
 
 
-@pytest.fixture(params=["15", "21"])
+@pytest.fixture(params=["15", "21", "xl"])
 def base(request: pytest.FixtureRequest) -> Base:
     return request.getfixturevalue(f"base{request.param}")
 

@@ -15,8 +15,15 @@ from lora_unitune.errors import BaseModelError, DeviceError
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "StableDiffusionPipeline": ("sd", "lora_unitune.families.sd"),
+    "StableDiffusionXLPipeline": ("sdxl", "lora_unitune.families.sdxl"),
 }
 """Pipeline class named in model_index.json -> (family, module with a `load` function)."""
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "sd": ("unet", "text_encoder"),
+    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
+}
+"""Family -> the parts that a fit can adapt."""
 
 POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket" / "weights"
 
@@ -57,11 +64,14 @@ class Base(Protocol):
         ...
 
     def tokenize(self, text: str) -> tuple[Tensor, str]:
-        """Returns the padded token ids (1, L) int64 of a text, and the part of the text that didn't fit."""
+        """Returns the padded token ids (1, L) int64 of a text, and the part of the text that didn't fit.
+
+        L counts both encoders' ids where there are two.
+        """
         ...
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Returns the text embeddings (b, L, width) of token ids (b, L)."""
+        """Returns all that `predict` is to know of a text, (b, rows, width), of token ids (b, L)."""
         ...
 
     def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class StableDiffusionBase:
         self.device = device
         self.dtype = dtype
         self.tokenizer = tokenizer
-        self.fingerprint = fingerprint(unet, text_encoder, vae, scheduler)
+        self.fingerprint = fingerprint(unet, vae, scheduler, text_encoder=text_encoder)
         self.vae = vae.eval().requires_grad_(False).to(device)
         self.parts: dict[str, nn.Module] = {
             "unet": unet.eval().requires_grad_(False).to(device, dtype),
@@ -136,10 +135,7 @@ class StableDiffusionBase:
         length = self.tokenizer.model_max_length
         full = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
         cut = self.tokenizer.decode(full[length - 1 : -1]).strip() if len(full) > length else ""
-        padded = self.tokenizer(
-            text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return padded["input_ids"].to(self.device), cut
+        return padded_ids(self.tokenizer, text).to(self.device), cut
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns the text encoder's last hidden states (b, L, width) of token ids (b, L)."""
@@ -160,11 +156,15 @@ class StableDiffusionBase:
         output = self.parts["unet"](
             latents.to(self.device, self.dtype),
             timesteps.to(self.device),
-            encoder_hidden_states=embeddings.to(self.device, self.dtype),
+            **self._conditions(embeddings.to(self.device, self.dtype), latents),
             return_dict=False,
         )[0]
         prediction: Tensor = output.float()
         return prediction
+
+    def _conditions(self, embeddings: Tensor, latents: Tensor) -> dict[str, Any]:
+        """Returns what the UNet is told besides the noised latents and the time."""
+        return {"encoder_hidden_states": embeddings}
 
     def make_scheduler(self) -> Any:
         """Returns a fresh sampler with the base's own noise schedule and settings."""
@@ -184,48 +184,82 @@ def load(name: str, location: str, device: torch.device, dtype: torch.dtype) -> 
     Raises:
         BaseModelError: a component is missing or broken, or isn't one of Stable Diffusion's.
     """
+    models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+    loaded = load_components(name, location, models, "Stable Diffusion 1.x and 2.x")
+    with quiet():
+        return StableDiffusionBase(public_name(name), **loaded, device=device, dtype=dtype)
+
+
+def load_components(name: str, location: str, models: Mapping[str, type[Any]], kind: str) -> dict[str, Any]:
+    """Loads a pipeline's models in float32, the tokenizers of its text encoders, and its scheduler.
+
+    Args:
+        name: what the user called the base.
+        location: its folder or hub id.
+        models: by the names of their folders.
+        kind: of base, for messages.
+
+    Raises:
+        BaseModelError: a component is missing or broken, or is of another class.
+    """
     index = read_model_index(name)
-    expected = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
-    for component, kind in expected.items():
+    for component, expected in models.items():
         found = (index.get(component) or [None, None])[1]
-        if found != kind:
+        if found != expected.__name__:
             raise BaseModelError(
-                f"base '{name}' has a {component} of class {found}; Stable Diffusion 1.x and 2.x have {kind}"
+                f"base '{name}' has a {component} of class {found}; {kind} have {expected.__name__}"
             )
-    scheduler_class = _scheduler_class(name, index)
     local = {"local_files_only": Path(location).is_dir()}
     weights: dict[str, Any] = {"use_safetensors": True, **local}
-    float32 = torch.float32
-    loaders: dict[str, Callable[..., Any]] = {
-        "unet": partial(UNet2DConditionModel.from_pretrained, torch_dtype=float32, **weights),
-        "text_encoder": partial(CLIPTextModel.from_pretrained, dtype=float32, **weights),
-        "vae": partial(AutoencoderKL.from_pretrained, torch_dtype=float32, **weights),
-        "tokenizer": partial(CLIPTokenizer.from_pretrained, **local),
-        "scheduler": partial(scheduler_class.from_pretrained, **local),
+    loaders: dict[str, tuple[type[Any], dict[str, Any]]] = {
+        component: (model, {**weights, "dtype" if _is_text(component) else "torch_dtype": torch.float32})
+        for component, model in models.items()
     }
+    tokenizers = {text.replace("text_encoder", "tokenizer"): text for text in models if _is_text(text)}
+    loaders |= dict.fromkeys(tokenizers, (CLIPTokenizer, local))
+    loaders["scheduler"] = (_scheduler_class(name, index), local)
     loaded = {}
-    for component, loader in loaders.items():
+    for component, (loader, options) in loaders.items():
         try:
-            with _quiet():
-                loaded[component] = loader(location, subfolder=component)
+            with quiet():
+                loaded[component] = loader.from_pretrained(location, subfolder=component, **options)
         except Exception as error:  # diffusers, transformers, safetensors and json each raise their own
             raise BaseModelError(
                 f"base '{name}': its {component} can't be loaded ({one_line(error)}); it has to be a "
                 "complete Stable Diffusion model with safetensors weights"
             ) from error
-    words, rows = len(loaded["tokenizer"]), loaded["text_encoder"].config.vocab_size
-    if not rows // 2 <= words <= rows:  # transformers makes up an empty tokenizer when the files are missing
-        raise BaseModelError(
-            f"base '{name}': its tokenizer can't be loaded or isn't its own (it has {words} tokens and the "
-            f"text encoder {rows}); copy the model again"
-        )
-    # A folder's path tells about its owner, and the name travels in files that people share.
-    label = Path(name).resolve().name if Path(name).is_dir() else name
-    with _quiet():
-        return StableDiffusionBase(label, **loaded, device=device, dtype=dtype)
+    for tokenizer, text_encoder in tokenizers.items():
+        words, rows = len(loaded[tokenizer]), loaded[text_encoder].config.vocab_size
+        if not rows // 2 <= words <= rows:  # transformers makes up an empty one when the files are missing
+            raise BaseModelError(
+                f"base '{name}': its {tokenizer} can't be loaded or isn't its own (it has {words} tokens and "
+                f"the {text_encoder} {rows}); copy the model again"
+            )
+    return loaded
 
 
-def fingerprint(unet: Any, text_encoder: Any, vae: Any, scheduler: Any) -> str:
+def public_name(name: str) -> str:
+    """Returns a base's name without its folder's path: it tells about its owner, and files are shared."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def padded_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:
+    """Returns a text's token ids (1, L) int64, padded and cut to the tokenizer's length."""
+    ids: Tensor = tokenizer(
+        text,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )["input_ids"]
+    return ids
+
+
+def _is_text(component: str) -> bool:
+    return component.startswith("text_encoder")
+
+
+def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> str:
     """Identifies a base by its shape, its noise schedule, and a few of its tensors as float32.
 
     Returns:
@@ -233,19 +267,20 @@ def fingerprint(unet: Any, text_encoder: Any, vae: Any, scheduler: Any) -> str:
     """
     shape = {
         "unet": _pick(unet.config, _UNET_SHAPE),
-        "text_encoder": _pick(text_encoder.config.to_dict(), _TEXT_SHAPE),
+        **{name: _pick(part.config.to_dict(), _TEXT_SHAPE) for name, part in text_encoders.items()},
         "vae": _pick(vae.config, _VAE_SHAPE),
         "prediction_type": scheduler.config["prediction_type"],
     }
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    tokens = text_encoder.get_input_embeddings().weight[-_FINGERPRINT_ROWS:]
+    tokens = [part.get_input_embeddings().weight[-_FINGERPRINT_ROWS:] for part in text_encoders.values()]
     sample = (
         unet.conv_in.weight,
         unet.conv_out.weight,
         vae.encoder.conv_in.weight,
         vae.decoder.conv_out.weight,
-        tokens,
+        tokens[0],
         scheduler.alphas_cumprod,
+        *tokens[1:],
     )
     for tensor in sample:
         digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
@@ -274,7 +309,7 @@ def _sampler_for(scheduler: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps diffusers and transformers from writing notes and progress bars while they load."""
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]

@@ -1,4 +1,4 @@
-"""Writes the golden files of this format version, once, when it is new.
+"""Writes the golden files of this format version, once, when it is new: of a base of each family.
 
     cd tests && python -m golden
 
@@ -8,16 +8,17 @@ Files of released versions are never written again: whoever has one on disk expe
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import save_sd15
+from conftest import save_sd15, save_sdxl
 from random_adapters import EDIT, LORA, make_adapter
 from safetensors.torch import save_file
 
 from lora_unitune.adapter_header import FORMAT_VERSION
-from lora_unitune.convert import convert
+from lora_unitune.convert import convert, open_adapter
 from lora_unitune.edit import Editor
 from lora_unitune.families import load_base
 
@@ -27,16 +28,24 @@ PROMPT = "zqrt ohwx a fox"
 
 
 def main() -> None:
+    for family, save in {"sd": save_sd15, "sdxl": save_sdxl}.items():
+        if not list(FOLDER.glob(f"v{FORMAT_VERSION}-{family}-*")):
+            write(family, save)
+
+
+def write(family: str, save: Callable[[Path], Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        base = load_base(str(save_sd15(Path(folder) / "tiny-sd15")), device="cpu")
+        base = load_base(str(save(Path(folder) / f"tiny-{family}")), device="cpu")
     lora = replace(LORA, unet_rank=2, text_encoder_rank=1, unet_targets=("to_q", "conv1", "ff.net.2"))
     adapter = replace(make_adapter(base, lora), date="2026-11-23")
-    first = FOLDER / f"v{FORMAT_VERSION}-diffusers.safetensors"
+    start = f"v{FORMAT_VERSION}-{family}"
+    first = FOLDER / f"{start}-diffusers.safetensors"
     adapter.save(first)
-    convert(first, "kohya", FOLDER / f"v{FORMAT_VERSION}-kohya.safetensors")
-    convert(first, "peft", FOLDER / f"v{FORMAT_VERSION}-peft")
-    image = Editor(base).pixels(adapter, [PROMPT], "", adapter.photo_latents, [3], SETTINGS)
-    save_file({"image": image.to(torch.float16)}, FOLDER / f"v{FORMAT_VERSION}-image.safetensors")
+    convert(first, "kohya", FOLDER / f"{start}-kohya.safetensors")
+    convert(first, "peft", FOLDER / f"{start}-peft")
+    again = open_adapter(first)
+    image = Editor(base).pixels(again, [PROMPT], "", again.photo_latents, [3], SETTINGS)
+    save_file({"image": image.to(torch.float16)}, FOLDER / f"{start}-image.safetensors")
 
 
 if __name__ == "__main__":
