@@ -32,6 +32,7 @@ from lora_unitune.adapter_header import (
     photo_text,
     read_content,
 )
+from lora_unitune.eight_bit import WHOLE, pack, unpack
 from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import PARTS, Base
 from lora_unitune.output import write_atomically
@@ -94,21 +95,28 @@ class Adapter:
         Args:
             path: of the file.
             overwrite: whether a file that is there may be replaced.
-            dtype: number format of the tensors in the file.
+            dtype: number format of the tensors in the file; int8 (with scales) is read by this package only.
             layout: "diffusers", or "kohya" for ComfyUI, A1111 and kohya's scripts.
 
         Raises:
             OutputError: the file is there already, or can't be written.
             AdapterFileError: a tensor has values that `dtype` can't hold.
-            SettingError: the adapter is of method "full", which other tools have no layout for.
+            SettingError: the adapter is of method "full", which other tools have no layout for, or `dtype` is
+                int8 and the layout or the method doesn't go with it.
         """
-        tensors = self._file_tensors(dtype)
+        if dtype == torch.int8 and (layout != "diffusers" or self.recipe.fit.method != "lora"):
+            raise SettingError("8 bits are for adapters of method 'lora', in this package's own files")
+        tensors = self._file_tensors(torch.float16 if dtype == torch.int8 else dtype)
         _check_finite("this adapter", tensors)
+        if dtype == torch.int8:
+            photo = {key: tensor for key, tensor in tensors.items() if key == PHOTO_KEY}
+            packed = {key.replace(".weight", WHOLE): tensor for key, tensor in pack(self.tensors).items()}
+            tensors = {**packed, **photo}
         metadata = {"format": "pt"}
         if layout == "kohya":
             tensors, entries = self._as_kohya(tensors)
             metadata |= entries
-        elif self.recipe.fit.method == "lora":
+        elif self.recipe.fit.method == "lora" and dtype != torch.int8:
             metadata["lora_adapter_metadata"] = json.dumps(_diffusers_metadata(self), sort_keys=True)
         if self.fingerprint:
             metadata |= {METADATA_KEY: self.header(), **_modelspec(self, tensors)}
@@ -190,6 +198,8 @@ class Adapter:
             raise damaged(path, error) from error
         _check_finite(str(path), tensors)
         photo_latents = tensors.pop(PHOTO_KEY, content.photo)
+        if content.eight_bit:
+            tensors = unpack(tensors)
         for layer, factor in content.factors.items():
             tensors[f"{layer}.lora_B.weight"] *= factor
         for layer, rank in content.ranks.items():

@@ -29,6 +29,7 @@ from lora_unitune.adapter_checks import (
     damaged,
     shown,
 )
+from lora_unitune.eight_bit import SCALES_KEY, WHOLE, rank_axis
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import PARTS
 from lora_unitune.recipe import LoraSettings, Recipe
@@ -53,6 +54,7 @@ class Content:
         factors: by layer, what its B is multiplied by so that all layers of a part share one alpha / rank.
         photo: the photo's latents, where the header holds them.
         ranks: by layer, of those that lie in the file filled up with zeros to their part's rank.
+        eight_bit: whether the tensors are whole numbers with scales.
     """
 
     keys: dict[str, str]
@@ -61,6 +63,7 @@ class Content:
     factors: dict[str, float]
     photo: Tensor | None
     ranks: dict[str, int]
+    eight_bit: bool
 
 
 def read_content(path: str | Path) -> Content:
@@ -84,9 +87,14 @@ def read_content(path: str | Path) -> Content:
     except (OSError, SafetensorError) as error:
         raise damaged(path, error) from error
     for key, number_format in formats.items():
-        if number_format not in _NUMBER_FORMATS:
-            allowed = ", ".join(_NUMBER_FORMATS)
-            raise AdapterFileError(f"{path}: tensor {shown(key)} is {number_format}; allowed are {allowed}")
+        allowed = ("I8",) if key.endswith(WHOLE) else _NUMBER_FORMATS
+        if number_format not in allowed:
+            raise AdapterFileError(
+                f"{path}: tensor {shown(key)} is {number_format}; allowed are {', '.join(allowed)}"
+            )
+    eight_bit = SCALES_KEY in found
+    if eight_bit:
+        _check_eight_bit(path, found)
     keys = {_our_key(path, key): key for key in found}
     if len(keys) < len(found):
         twin = next(key for key in found if keys[_our_key(path, key)] != key)
@@ -97,7 +105,7 @@ def read_content(path: str | Path) -> Content:
         raise AdapterFileError(
             f"{path}: tensor {PHOTO_KEY!r} has shape {photo_shape}, not (1, c, h, w); {AGAIN}"
         )
-    weights = {key: shape for key, shape in shapes.items() if key != PHOTO_KEY}
+    weights = {key: shape for key, shape in shapes.items() if key not in (PHOTO_KEY, SCALES_KEY)}
     scales = {ours.removesuffix(".alpha"): alphas[key] for ours, key in keys.items() if key in alphas}
     if METADATA_KEY in metadata:
         values = _checked_metadata(path, metadata)
@@ -116,11 +124,27 @@ def read_content(path: str | Path) -> Content:
         factors=factors,
         photo=_photo_in(path, metadata),
         ranks=_ranks_in(path, metadata, weights),
+        eight_bit=eight_bit,
     )
+
+
+def _check_eight_bit(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that a file with scales has one for each rank, and all its matrices in 8 bits."""
+    matrices = {key: shape for key, shape in shapes.items() if key not in (PHOTO_KEY, SCALES_KEY)}
+    wrong = [key for key, shape in matrices.items() if not key.endswith(WHOLE) or len(shape) < 2]
+    if wrong:
+        raise AdapterFileError(f"{path}: tensor {shown(wrong[0])} isn't a matrix in 8 bits; {AGAIN}")
+    ranks = sum(shape[rank_axis(key)] for key, shape in matrices.items())
+    if shapes[SCALES_KEY] != (ranks,):
+        raise AdapterFileError(
+            f"{path}: tensor {SCALES_KEY!r} has shape {shapes[SCALES_KEY]}, not ({ranks},); {AGAIN}"
+        )
 
 
 def _our_key(path: str | Path, key: str) -> str:
     """Returns a tensor's name in this package; a kohya key is translated, any other stays."""
+    if key.endswith(WHOLE):
+        return f"{key.removesuffix(WHOLE)}.weight"
     if not kohya.is_kohya([key]):
         return key.replace("text_encoder.text_model.", "text_encoder.", 1)  # as transformers 4 named it
     found = kohya.our_key(key)

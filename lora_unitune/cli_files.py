@@ -93,8 +93,9 @@ def strip_command(adapter_file: str, output: str, keep_photo: bool, overwrite: b
 @click.command("compress")
 @click.argument("adapter_file", metavar="FILE")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The adapter file to write.")
-@click.option("--keep", type=float, metavar="SHARE", help="Share of the change to keep, such as 0.99.")
+@click.option("--keep", type=float, metavar="SHARE", help="Share of all ranks' worth to keep, such as 0.99.")
 @click.option("--to-bytes", type=click.IntRange(1), metavar="N", help="Bytes the tensors may take.")
+@click.option("--eight-bit", is_flag=True, help="Store 8 bits a number; only lora-unitune reads such a file.")
 @base_option
 @overwrite_option
 @json_option
@@ -103,20 +104,24 @@ def compress_command(
     output: str,
     keep: float | None,
     to_bytes: int | None,
+    eight_bit: bool,
     base: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Write the adapter in FILE with fewer ranks: those that add least for their bytes go first.
 
-    Where the base is at hand (pocket is; else --base), it tells how much of the effect on the base's
-    predictions is lost.
+    Where the base is at hand (pocket is; else --base), a rank counts by its effect on the base's predictions
+    of the photo, and it tells how much of the whole effect is lost. Without, it counts by its size.
 
     \b
     Examples:
       lora-unitune compress photo.safetensors --keep 0.99 -o small.safetensors
       lora-unitune compress photo.safetensors --to-bytes 100000 -o small.safetensors
+      lora-unitune compress photo.safetensors --eight-bit -o half.safetensors
     """
+    import torch
+
     from lora_unitune.compress import compress, effect_lost
     from lora_unitune.convert import open_adapter
     from lora_unitune.families import load_base
@@ -124,10 +129,11 @@ def compress_command(
 
     check_output(output, overwrite)
     adapter = open_adapter(adapter_file)
-    found = compress(adapter, keep, to_bytes)
     near = base or ("pocket" if adapter.base == "pocket" else None)
-    lost = effect_lost(load_base(near), adapter, found.adapter) if near else None
-    found.adapter.save(output, overwrite=overwrite)
+    loaded = load_base(near) if near else None
+    found = compress(adapter, keep, to_bytes, loaded, eight_bit)
+    lost = effect_lost(loaded, adapter, found.adapter) if loaded else None
+    found.adapter.save(output, overwrite, torch.int8 if eight_bit else torch.float16)
     before, after = Path(adapter_file).stat().st_size, Path(output).stat().st_size
     if as_json:
         ranks = {"before": found.ranks[0], "after": found.ranks[1]}
@@ -136,6 +142,6 @@ def compress_command(
         return
     click.echo(
         f"{output}: {size(after)} instead of {size(before)}, {found.ranks[1]} of {found.ranks[0]} ranks, "
-        f"{100 * found.kept:.2f} % of the change"
+        f"{100 * found.kept:.2f} % of their worth"
         + (f", {100 * lost:.1f} % of its effect lost" if lost is not None else "")
     )

@@ -1,7 +1,7 @@
 """Smaller adapter files: each layer keeps only as many ranks as earn their bytes.
 
-A layer's change of its weights is B A. Its singular values say how much each further rank adds; over all
-layers together, those that add least for their bytes go first (Eckart and Young, 1936).
+A layer's change of its weights, B A, is a sum of singular vectors (Eckart and Young, 1936). Over all layers
+together, those that change the base's predictions least for their bytes go first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_unitune.adapter_file import Adapter
+from lora_unitune.adapters import slots
+from lora_unitune.eight_bit import pack, unpack
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base
 from lora_unitune.mount import Mount
@@ -25,7 +27,7 @@ class Compressed:
 
     Attributes:
         adapter: its layers' ranks differ, and layers that earn no rank are gone.
-        kept: share of the change's energy, the sum of its squared singular values, that is left.
+        kept: share of the worth of all ranks that is left.
         ranks: how many there were, and how many are left, over all layers.
     """
 
@@ -51,20 +53,34 @@ class _Layer:
         return len(self.left) + self.right.shape[1]
 
 
-def compress(adapter: Adapter, keep: float | None = None, to_bytes: int | None = None) -> Compressed:
+def compress(
+    adapter: Adapter,
+    keep: float | None = None,
+    to_bytes: int | None = None,
+    base: Base | None = None,
+    eight_bit: bool = False,
+) -> Compressed:
     """Cuts ranks that add little.
+
+    A rank's worth is its squared effect on the base's predictions of the photo; without a base, its squared
+    singular value.
 
     Args:
         adapter: of method "lora".
-        keep: share of the change's energy to keep at least, above 0 to 1.
-        to_bytes: size that the tensors of a float16 file may have at most; its header comes on top.
+        keep: share of the worth of all ranks to keep at least, above 0 to 1.
+        to_bytes: size that the file's tensors may have at most; its header comes on top.
+        base: that the adapter was made for; left as it was.
+        eight_bit: round to what 8 bits hold; save the result with dtype=torch.int8.
 
     Returns:
         The adapter with lower ranks, and what was lost.
 
     Raises:
-        SettingError: not exactly one of the limits is given, one is impossible, or the method is "full".
+        SettingError: no limit is given, or two, one is impossible, or the method is "full".
+        AdapterFileError: the adapter doesn't suit the base.
     """
+    if keep is None and to_bytes is None and eight_bit:
+        keep = 1.0
     if (keep is None) == (to_bytes is None):
         raise SettingError("give one limit: --keep SHARE or --to-bytes N")
     if keep is not None and not 0 < keep <= 1:
@@ -72,25 +88,76 @@ def compress(adapter: Adapter, keep: float | None = None, to_bytes: int | None =
     if adapter.recipe.fit.method != "lora":
         raise SettingError("only adapters of method 'lora' can be compressed; fit the photo with 'lora'")
     layers = _taken_apart(adapter)
+    worths = [layer.values.square() for layer in layers]
+    everything = [list(range(len(layer.values))) for layer in layers]
+    if base is not None:
+        worths = _effects(base, _put_together(adapter, layers, everything), layers)
+    sizes = [layer.numbers + 4 if eight_bit else 2 * layer.numbers for layer in layers]  # bytes of a rank
     order = sorted(
-        ((layer.values[rank].item() ** 2 / layer.numbers, number, rank)
-         for number, layer in enumerate(layers) for rank in range(len(layer.values))),
+        ((worth.item() / sizes[number], number, rank)
+         for number, of_ranks in enumerate(worths) for rank, worth in enumerate(of_ranks)),
         reverse=True,
     )  # fmt: skip
-    energy = sum(layer.values.square().sum().item() for layer in layers)
-    room = None if to_bytes is None else to_bytes // 2 - _photo_numbers(adapter)
-    ranks, kept, used = [0] * len(layers), 0.0, 0
-    for worth, number, _ in order:
-        size = layers[number].numbers
-        if (keep is not None and kept >= keep * energy) or (room is not None and used + size > room):
+    total = sum(worth.sum().item() for worth in worths)
+    room = None if to_bytes is None else to_bytes - 2 * _photo_numbers(adapter)
+    chosen: list[list[int]] = [[] for _ in layers]
+    kept, used = 0.0, 0
+    for worth, number, rank in order:
+        if (keep is not None and keep < 1 and kept >= keep * total) or (
+            room is not None and used + sizes[number] > room
+        ):
             break
-        ranks[number] += 1
-        kept, used = kept + worth * size, used + size
-    if not any(ranks[number] for number, layer in enumerate(layers) if layer.part == "unet"):
+        chosen[number].append(rank)
+        kept, used = kept + worth * sizes[number], used + sizes[number]
+    if not any(ranks for ranks, layer in zip(chosen, layers, strict=True) if layer.part == "unet"):
         raise SettingError(f"{to_bytes} bytes leave no rank of any layer of the UNet; give more")
-    share = kept / energy if energy else 1.0
-    total = sum(len(layer.values) for layer in layers)
-    return Compressed(_put_together(adapter, layers, ranks), share, (total, sum(ranks)))
+    small = _put_together(adapter, layers, [sorted(ranks) for ranks in chosen])
+    if eight_bit:
+        small = replace(small, tensors=unpack(pack(small.tensors)))
+    count = sum(len(layer.values) for layer in layers)
+    return Compressed(small, kept / total if total else 1.0, (count, sum(map(len, chosen))))
+
+
+def _effects(base: Base, adapter: Adapter, layers: list[_Layer]) -> list[Tensor]:
+    """Returns each rank's squared effect on the base's predictions of the photo, to first order.
+
+    Scaling a rank of A by a gate changes the prediction along J, its derivative at 1. Of a random direction p
+    with independent signs, (p . J)^2 is |J|^2 on average (Hutchinson, 1990), and one backward pass gives
+    p . J for all ranks.
+
+    Args:
+        base: left as it was.
+        adapter: with singular vectors for ranks, as `layers` have them.
+        layers: of it.
+    """
+    noised, timesteps, ids = _probes(base, adapter)
+    generator, mount = torch.Generator().manual_seed(1), Mount(base)
+    found = [torch.zeros(len(layer.values), dtype=torch.float64) for layer in layers]
+    mount.use(adapter, 1.0)
+    weights = slots(base)
+    downs = [weights[f"{layer.part}.{layer.module}.lora_A.weight"] for layer in layers]
+    try:
+        for latents, timestep in zip(noised.split(1), timesteps.split(1), strict=True):
+            prediction = base.predict(latents, timestep, base.embed(ids))
+            signs = torch.randint(0, 2, prediction.shape, generator=generator).to(prediction) * 2 - 1
+            slopes = torch.autograd.grad((prediction * signs).sum(), downs, allow_unused=True)
+            for worth, down, slope in zip(found, downs, slopes, strict=True):
+                if slope is not None:
+                    gate = (down.detach() * slope).flatten(1).sum(1).double().cpu()
+                    worth += gate[: len(worth)].square()
+    finally:
+        mount.release()
+    return found
+
+
+def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the noised photo (noise alone, if the file doesn't hold it) at ten timesteps, them, and ids."""
+    timesteps = torch.arange(10) * (len(base.alphas_cumprod) // 10) + len(base.alphas_cumprod) // 20
+    shape = (10, *base.latent_shape(adapter.resolution))
+    clean = torch.zeros(shape) if adapter.photo_latents is None else adapter.photo_latents.expand(shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ids, _ = base.tokenize(adapter.rare_tokens)
+    return add_noise(clean, noise, timesteps, base.alphas_cumprod), timesteps, ids
 
 
 @torch.no_grad()
@@ -108,13 +175,8 @@ def effect_lost(base: Base, before: Adapter, after: Adapter) -> float:
     Raises:
         AdapterFileError: one doesn't suit the base.
     """
-    generator = torch.Generator().manual_seed(0)
-    timesteps = torch.arange(10) * (len(base.alphas_cumprod) // 10) + len(base.alphas_cumprod) // 20
-    shape = (10, *base.latent_shape(before.resolution))
-    clean = torch.zeros(shape) if before.photo_latents is None else before.photo_latents.expand(shape)
-    noised = add_noise(clean, torch.randn(shape, generator=generator), timesteps, base.alphas_cumprod)
+    noised, timesteps, ids = _probes(base, before)
     mount, predictions = Mount(base), list[Tensor]()
-    ids, _ = base.tokenize(before.rare_tokens)
     for adapter in (None, before, after):
         mount.use(adapter, 1.0)
         predictions.append(base.predict(noised, timesteps, base.embed(ids).expand(10, -1, -1)))
@@ -156,15 +218,15 @@ def _taken_apart(adapter: Adapter) -> list[_Layer]:
     return layers
 
 
-def _put_together(adapter: Adapter, layers: list[_Layer], ranks: list[int]) -> Adapter:
-    """Returns an adapter of the layers that kept a rank, with alpha = rank throughout."""
+def _put_together(adapter: Adapter, layers: list[_Layer], ranks: list[list[int]]) -> Adapter:
+    """Returns an adapter of the ranks that are kept of each layer, with alpha = rank throughout."""
     tensors: dict[str, Tensor] = {}
     modules: dict[str, dict[str, int]] = {part: {} for part in adapter.parts}
-    for layer, rank in zip(layers, ranks, strict=True):
-        if not rank:
+    for layer, kept in zip(layers, ranks, strict=True):
+        if not kept:
             continue
-        root = layer.values[:rank].sqrt()
-        a, b = root[:, None] * layer.right[:rank], layer.left[:, :rank] * root
+        root, rank = layer.values[kept].sqrt(), len(kept)
+        a, b = root[:, None] * layer.right[kept], layer.left[:, kept] * root
         path = f"{layer.part}.{layer.module}"
         tensors[f"{path}.lora_A.weight"] = a.reshape(rank, *layer.shapes[0][1:]).half().float()
         tensors[f"{path}.lora_B.weight"] = (

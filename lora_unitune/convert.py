@@ -100,14 +100,14 @@ def strip(path: str | Path, output: str | Path, keep_photo: bool = False, overwr
 
 
 def _number_format(path: Path) -> torch.dtype:
-    """Returns the number format of an adapter's tensors; the widest, where they differ."""
+    """Returns the number format of an adapter's tensors; the widest, where they differ, and 16 bits for 8."""
     files = sorted(path.glob(f"*/{_WEIGHTS}")) or [path / _WEIGHTS] if path.is_dir() else [path]
     formats = set[str]()
     for each in files:
         with safe_open(each, framework="pt", device="cpu") as file:
             formats |= {file.get_slice(k).get_dtype() for k in file.keys() if not k.endswith(".alpha")}  # noqa: SIM118
     only = {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}
-    return only.get(frozenset(formats), torch.float32)
+    return only.get(frozenset(formats - {"I8"}), torch.float32)
 
 
 def _write_peft(adapter: Adapter, folder: Path, dtype: torch.dtype, overwrite: bool) -> None:

@@ -10,11 +10,15 @@ import pytest
 import torch
 from command_line import refused, run
 from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_unitune.adapter_file import Adapter
 from lora_unitune.compress import compress, effect_lost
+from lora_unitune.convert import convert
 from lora_unitune.edit import Editor
-from lora_unitune.errors import SettingError
+from lora_unitune.eight_bit import SCALES_KEY
+from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import Base
 
 EVERYTHING = replace(LORA, unet_targets=("to_q", "conv1", "ff.net.2"))
@@ -87,6 +91,54 @@ def test_the_effect_lost_grows_with_what_is_cut(base15: Base) -> None:
     assert effect_lost(base15, bare, bare) == 0
 
 
+def test_the_bases_word_on_what_matters_loses_less_of_the_effect(base15: Base, basexl: Base) -> None:
+    for base in (base15, basexl):
+        adapter = make_adapter(base, EVERYTHING)
+        half = sum(tensor.numel() for tensor in adapter.tensors.values())
+        blind, told = (compress(adapter, to_bytes=half, base=known).adapter for known in (None, base))
+        assert effect_lost(base, adapter, told) < effect_lost(base, adapter, blind)
+
+
+def test_eight_bits_are_half_the_bytes_and_near_by(base15: Base, tmp_path: Path) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, eight_bit=True).adapter
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    adapter.save(whole)
+    found.save(half, dtype=torch.int8)
+    assert half.stat().st_size < 0.7 * whole.stat().st_size
+    assert effect_lost(base15, adapter, found) < 0.02
+    again = Adapter.load(half)
+    assert again.digest == found.digest and again.tensors.keys() == found.tensors.keys()
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in found.tensors.items())
+    again.save(tmp_path / "twice.safetensors", dtype=torch.int8)
+    once, twice = load_file(half), load_file(tmp_path / "twice.safetensors")
+    assert once.keys() == twice.keys() and all(torch.equal(once[key], twice[key]) for key in once)
+    convert(half, "kohya", tmp_path / "kohya.safetensors")  # in 16 bits, which other tools read
+    wide = Adapter.load(tmp_path / "kohya.safetensors").tensors
+    assert all((wide[key] - tensor).abs().max() < 2e-3 for key, tensor in found.tensors.items())
+    with pytest.raises(SettingError, match="8 bits"):
+        found.save(tmp_path / "x", dtype=torch.int8, layout="kohya")
+
+
+def test_files_in_eight_bits_with_the_wrong_scales_are_refused(base15: Base, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    make_adapter(base15).save(path, dtype=torch.int8)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    first = next(key for key in tensors if key.endswith(".int8"))
+    wrong = {
+        "has shape": {SCALES_KEY: tensors[SCALES_KEY][1:]},
+        "isn't a matrix in 8 bits": {first.replace(".int8", ".weight"): tensors[first].half()},
+        "allowed are I8": {first: tensors[first].half()},
+        "allowed are F16": {SCALES_KEY: tensors[SCALES_KEY].to(torch.int8)},
+    }
+    for message, change in wrong.items():
+        save_file(tensors | change, path, metadata)
+        with pytest.raises(AdapterFileError, match=message):
+            Adapter.load(path)
+
+
 def test_impossible_limits_are_refused(base15: Base, adapter: Adapter) -> None:
     for limits, message in (({}, "give one limit"), ({"keep": 0.5, "to_bytes": 9}, "give one limit"),
                             ({"keep": 0.0}, "keep = 0"), ({"to_bytes": 1}, "leave no rank")):  # fmt: skip
@@ -100,4 +152,8 @@ def test_compress_on_the_command_line(adapter_file: Path, tmp_path: Path) -> Non
     small = tmp_path / "small.safetensors"
     told = json.loads(run("compress", adapter_file, "--keep", "0.9", "-o", small, "--json").stdout)
     assert told["bytes"] == small.stat().st_size < adapter_file.stat().st_size
+    told = json.loads(
+        run("compress", adapter_file, "--eight-bit", "-o", small, "--overwrite", "--json").stdout
+    )
+    assert told["kept"] == 1 and told["bytes"] == small.stat().st_size < 0.8 * adapter_file.stat().st_size
     assert "keep = 1.9" in refused("compress", small, "--keep", "1.9", "-o", tmp_path / "x", folder=tmp_path)

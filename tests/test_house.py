@@ -20,6 +20,7 @@ STOREYS = (
         "adapter_header",
         "adapters",
         "convert",
+        "eight_bit",
         "families",
         "guidance",
         "kohya",
