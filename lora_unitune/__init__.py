@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_unitune.errors import AdapterFileError as AdapterFileError
     from lora_unitune.errors import BaseModelError as BaseModelError
     from lora_unitune.errors import DeviceError as DeviceError
+    from lora_unitune.errors import HubError as HubError
     from lora_unitune.errors import OutputError as OutputError
     from lora_unitune.errors import PhotoError as PhotoError
     from lora_unitune.errors import PromptError as PromptError
@@ -39,6 +40,7 @@ _ROOM_OF = {
     "DeviceError": "errors",
     "Edit": "edit",
     "Editor": "edit",
+    "HubError": "errors",
     "OutputError": "errors",
     "PhotoError": "errors",
     "PromptError": "errors",

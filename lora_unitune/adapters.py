@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_unitune.eight_bit import rank_axis
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
 from lora_unitune.recipe import LoraSettings
@@ -109,27 +112,31 @@ def slots(base: Base) -> dict[str, nn.Parameter]:
     return weights
 
 
-def load_in_place(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copies an adapter's tensors into the attached adapters; a layer of lower rank is filled up with zeros.
+def load_in_place(
+    weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], lora: LoraSettings
+) -> None:
+    """Copies an adapter's tensors into attached adapters; what they leave of the room is filled with zeros.
 
     Args:
-        weights: of attached adapters of the same layout, as `slots` returns them.
+        weights: of attached adapters with room for this one, as `slots` returns them.
         tensors: as `collect` returns them; any dtype.
+        lora: the adapter's settings, whose targets have to be there.
 
     Raises:
         AdapterFileError: a tensor is missing, surplus or misshapen; nothing is copied then.
     """
     for key in sorted(weights.keys() - tensors.keys()):
-        raise AdapterFileError(
-            f"the adapter lacks the tensor '{key}' its recipe asks for; fit the photo again"
-        )
+        if is_target(key, lora):
+            raise AdapterFileError(
+                f"the adapter lacks the tensor '{key}' its recipe asks for; fit the photo again"
+            )
     for key in sorted(tensors.keys() - weights.keys()):
         raise AdapterFileError(
             f"the adapter's tensor '{key}' has no place in the base; use the base it was made for"
         )
-    for key, weight in weights.items():
-        found, room = tensors[key].shape, weight.shape
-        inner = 0 if ".lora_A." in key else 1
+    for key, tensor in tensors.items():
+        found, room = tensor.shape, weights[key].shape
+        inner = rank_axis(key)
         same = len(found) == len(room) and all(
             size == space or (axis == inner and size < space)
             for axis, (size, space) in enumerate(zip(found, room, strict=False))
@@ -141,17 +148,48 @@ def load_in_place(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Ten
             )
     with torch.no_grad():
         for key, weight in weights.items():
-            inner = 0 if ".lora_A." in key else 1
-            rank = tensors[key].shape[inner]
-            weight.narrow(inner, 0, rank).copy_(tensors[key])
+            inner = rank_axis(key)
+            rank = tensors[key].shape[inner] if key in tensors else 0
+            if rank:
+                weight.narrow(inner, 0, rank).copy_(tensors[key])
             weight.narrow(inner, rank, weight.shape[inner] - rank).zero_()
 
 
-def set_scale(base: Base, scale: float) -> None:
-    """Multiplies the adapters' effect: 1 is as trained, 0 the plain base; replaces any earlier scale."""
-    for module in base.parts.values():
+def is_target(key: str, lora: LoraSettings) -> bool:
+    """Says whether settings adapt the layer that a tensor belongs to."""
+    layer = key.rsplit(".", 2)[0]
+    part = layer.partition(".")[0]
+    targets = getattr(lora, f"{part}_targets")
+    return bool(getattr(lora, f"{part}_rank")) and layer.endswith(tuple(f".{target}" for target in targets))
+
+
+def has_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> bool:
+    """Says whether adapters attached with the settings `room` can hold one with the settings `lora`."""
+    return all(
+        getattr(lora, f"{part}_rank") <= getattr(room, f"{part}_rank")
+        and set(getattr(lora, f"{part}_targets")) <= set(getattr(room, f"{part}_targets"))
+        for part in parts
+        if getattr(lora, f"{part}_rank")
+    )
+
+
+def with_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> LoraSettings:
+    """Returns settings that have room for both: the larger ranks, and all targets."""
+    changes: dict[str, Any] = {}
+    for part in parts:
+        used = [each for each in (room, lora) if getattr(each, f"{part}_rank")]
+        if used:
+            targets = dict.fromkeys(name for each in used for name in getattr(each, f"{part}_targets"))
+            changes[f"{part}_rank"] = max(getattr(each, f"{part}_rank") for each in used)
+            changes[f"{part}_targets"] = tuple(targets)
+    return replace(room, **changes)
+
+
+def set_scale(base: Base, scales: Mapping[str, float]) -> None:
+    """Sets, by part, what a layer's B A is multiplied by: alpha / rank as trained, 0 the plain base."""
+    for part, module in base.parts.items():
         for _, layer in _layers(module):
-            layer.set_scale(ADAPTER_NAME, scale)
+            layer.scaling[ADAPTER_NAME] = scales[part]
 
 
 @contextlib.contextmanager

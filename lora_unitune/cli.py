@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_unitune import BaseModelError, __version__
-from lora_unitune.cli_files import compress_command, convert_command, inspect_command, strip_command
+from lora_unitune.cli_files import (
+    compress_command,
+    convert_command,
+    inspect_command,
+    push_command,
+    strip_command,
+)
 from lora_unitune.terminal import (
     Commands,
     base_option,
@@ -40,7 +46,7 @@ def main() -> None:
     """
 
 
-for _command in (inspect_command, convert_command, strip_command, compress_command):
+for _command in (inspect_command, convert_command, strip_command, compress_command, push_command):
     main.add_command(_command)
 
 
@@ -209,7 +215,8 @@ def edit_command(
 
     The prompt is the edit alone: the rare tokens that stand for the photo are in the file. Settings that
     aren't given are those of the recipe in the file. Each PNG carries all settings that made it. A LoRA of
-    another tool (kohya's or diffusers' layout, or PEFT's folder) is opened with --tokens and --base.
+    another tool (kohya's or diffusers' layout, or PEFT's folder) is opened with --tokens and --base. FILE
+    may be hub://OWNER/NAME.
 
     \b
     Examples:
@@ -220,8 +227,8 @@ def edit_command(
     from lora_unitune.output import check_output
 
     seeds = range(seed, seed + count)
-    path = Path(output)
-    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{each}{path.suffix}") for each in seeds]
+    out = Path(output)
+    paths = [out] if count == 1 else [out.with_name(f"{out.stem}-{each}{out.suffix}") for each in seeds]
     for each in paths:
         check_output(each, overwrite)
     given = {name: value for name, value in settings.items() if value is not None}
@@ -229,8 +236,10 @@ def edit_command(
         tell("loading the base", 0, 1)
         from lora_unitune import Editor
         from lora_unitune.convert import open_adapter
+        from lora_unitune.hub import SCHEME, download
 
-        adapter = open_adapter(adapter_file, tokens)
+        path = download(adapter_file) if adapter_file.startswith(SCHEME) else adapter_file
+        adapter = open_adapter(path, tokens)
         editor = Editor(_base_for(adapter, base), device=device)
         edits = []
         for done, each_seed in enumerate(seeds):

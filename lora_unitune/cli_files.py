@@ -145,3 +145,48 @@ def compress_command(
         f"{100 * found.kept:.2f} % of their worth"
         + (f", {100 * lost:.1f} % of its effect lost" if lost is not None else "")
     )
+
+
+@click.command("push")
+@click.argument("adapter_file", metavar="FILE")
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--licence", default="other", show_default=True, help="Its identifier on the hub.")
+@click.option(
+    "--picture", "pictures", multiple=True, metavar="PNG", help="Show a sample in the card; up to two."
+)
+@click.option("--private", is_flag=True, help="Only you see a repository that this creates.")
+@click.option("--dry-run", is_flag=True, help="Show everything that would be sent, and send nothing.")
+@json_option
+def push_command(
+    adapter_file: str,
+    repo: str,
+    licence: str,
+    pictures: tuple[str, ...],
+    private: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Upload an adapter FILE with a model card to the hub, as you are logged in there.
+
+    Whoever has the file can redraw its photo; strip leaves out what an edit doesn't need. Others edit with
+    hub://OWNER/NAME for the file.
+
+    \b
+    Examples:
+      lora-unitune push photo.safetensors me/my-photo --dry-run
+      lora-unitune push photo.safetensors me/my-photo --licence cc-by-4.0 --picture out.png
+    """
+    from lora_unitune.hub import prepare_push, push
+
+    upload = prepare_push(adapter_file, repo, licence=licence, pictures=pictures, private=private)
+    files = {name: path.stat().st_size for name, path in upload.files.items()}
+    address = None if dry_run else push(upload)
+    if as_json:
+        told = {"repo": upload.repo, "private": private, "files": files, "card": upload.card}
+        click.echo(json.dumps({**told, "pushed": address}))
+        return
+    if dry_run:
+        click.echo(upload.card)
+    for name, count in files.items():
+        click.echo(f"{name}: {size(count)}")
+    click.echo(f"nothing was sent to {upload.repo}" if dry_run else f"pushed: {address}")

@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from lora_unitune import __version__, adapters
+from lora_unitune.adapter_cache import AdapterCache
 from lora_unitune.adapter_file import Adapter, check_fits
 from lora_unitune.adapter_header import METADATA_KEY
 from lora_unitune.errors import AdapterFileError, OutputError, PromptError, RecipeError, SettingError
@@ -88,21 +89,23 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 class Editor:
     """Keeps a base in memory and edits photos with one adapter after another.
 
-    Adapters of the same layout are exchanged in place. While an Editor holds a base, leave that base alone;
-    `release` gives it back as it was, to the bit.
+    `open` reads adapter files and keeps the last ones. Adapters are exchanged in place. While an Editor holds
+    a base, leave that base alone; `release` gives it back as it was, to the bit.
     """
 
-    def __init__(self, base: str | Base = "pocket", device: str = "auto") -> None:
+    def __init__(self, base: str | Base = "pocket", device: str = "auto", cache: int = 2**28) -> None:
         """Loads the base, unless it is loaded already.
 
         Args:
             base: "pocket", a folder, a hub id, or a base in memory.
             device: where a base given by name goes: "auto", "cpu", "cuda" or "mps".
+            cache: bytes of the adapters that `open` may keep in memory.
 
         Raises:
             BaseModelError: the base is unknown, broken, or of a kind that isn't supported.
             DeviceError: the device isn't there.
         """
+        self.open = AdapterCache(cache).open
         self.base: Base = load_base(base, device) if isinstance(base, str) else base
         self._mount = Mount(self.base)
 

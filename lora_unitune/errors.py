@@ -38,5 +38,9 @@ class OutputError(UnituneError):
     """The result can't be written where it was asked for."""
 
 
+class HubError(UnituneError):
+    """The hub can't be reached, refuses, or hasn't what was asked for."""
+
+
 class DeviceError(UnituneError):
     """The device isn't there, or can't do what was asked of it."""

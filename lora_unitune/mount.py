@@ -1,4 +1,8 @@
-"""Puts one adapter after another on a base, in place where it can, and gives the base back to the bit."""
+"""Puts one adapter after another on a base, in place where it can, and gives the base back to the bit.
+
+The slots that adapters are copied into have room for every layout that was used so far: the largest ranks, and
+all layers. Where an adapter has less, zeros add nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from lora_unitune import adapters
 from lora_unitune.adapter_file import Adapter
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
+from lora_unitune.recipe import LoraSettings
 
 
 class Mount:
@@ -18,6 +23,7 @@ class Mount:
         """Takes a base without adapters."""
         self.base = base
         self._loaded: Adapter | None = None
+        self._room: LoraSettings | None = None
         self._slots: dict[str, nn.Parameter] = {}
         self._scale = 1.0
         self._originals: dict[str, Tensor] = {}
@@ -38,9 +44,7 @@ class Mount:
             self._use_full(adapter, scale)
         else:
             self._use_lora(adapter)
-            if scale != self._scale:
-                adapters.set_scale(self.base, scale)
-                self._scale = scale
+            adapters.set_scale(self.base, {part: scale * adapter.scale_of(part) for part in self.base.parts})
 
     def release(self) -> None:
         """Gives the base back as it was before the first adapter, to the bit."""
@@ -50,20 +54,21 @@ class Mount:
                 if key in self._originals:
                     weight.copy_(self._originals[key])
         self._originals, self._slots = {}, {}
-        self._loaded, self._scale = None, 1.0
+        self._loaded, self._room, self._scale = None, None, 1.0
 
     def _use_lora(self, adapter: Adapter) -> None:
-        attached = bool(self._slots)
-        if attached and adapter is self._loaded:
+        """Copies an adapter into the slots; where it doesn't fit, new ones are made that hold the old too."""
+        if adapter is self._loaded and self._room:
             return
-        before = self._loaded
+        room, lora, parts = self._room, adapter.recipe.lora, self.base.parts
         self._loaded = None
         try:
-            if not attached or before is None or before.recipe.lora != adapter.recipe.lora:
+            if room is None or not adapters.has_room(room, lora, parts):
                 self.release()
-                adapters.attach(self.base, adapter.recipe.lora)
-                self._slots = adapters.slots(self.base)
-            adapters.load_in_place(self._slots, adapter.tensors)
+                room = lora if room is None else adapters.with_room(room, lora, parts)
+                adapters.attach(self.base, room)
+                self._room, self._slots = room, adapters.slots(self.base)
+            adapters.load_in_place(self._slots, adapter.tensors, lora)
         except RecipeError as error:
             raise AdapterFileError(f"the adapter's recipe doesn't suit the base: {error}") from error
         self._loaded = adapter

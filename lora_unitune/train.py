@@ -85,7 +85,7 @@ def fit(
         check_fits(start, loaded)
     with _adapted(loaded, settings, generator):
         if start is not None:
-            adapters.load_in_place(adapters.slots(loaded), start.tensors)
+            adapters.load_in_place(adapters.slots(loaded), start.tensors, settings.lora)
         history = train(prepared, loaded, settings, generator, on_step)
         tensors = _full_tensors(loaded) if settings.fit.method == "full" else adapters.collect(loaded)
     return Adapter(

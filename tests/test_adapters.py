@@ -31,7 +31,7 @@ def attach_random(base: Base, lora: LoraSettings, seed: int = 0) -> dict[str, to
     drawn = {
         key: 0.2 * torch.randn(t.shape, generator=generator) for key, t in adapters.collect(base).items()
     }
-    adapters.load_in_place(adapters.slots(base), drawn)
+    adapters.load_in_place(adapters.slots(base), drawn, lora)
     return drawn
 
 
@@ -147,7 +147,7 @@ def test_collected_tensors_come_back_to_the_bit(base: Base) -> None:
     tensors = attach_random(base, LoraSettings(), seed=1)
     expected = answer(base)
     adapters.attach(base, LoraSettings())
-    adapters.load_in_place(adapters.slots(base), tensors)
+    adapters.load_in_place(adapters.slots(base), tensors, LoraSettings())
     assert torch.equal(answer(base), expected)
     collected = adapters.collect(base)
     assert all(torch.equal(collected[key], tensors[key]) for key in tensors)
@@ -159,14 +159,14 @@ def test_scale_is_exact_at_zero_and_one_and_linear_between(base15: Base) -> None
     plain = answer(base15)
     attach_random(base15, LoraSettings(text_encoder_rank=0))
     full = answer(base15)
-    adapters.set_scale(base15, 0.0)
+    adapters.set_scale(base15, {"unet": 0.0, "text_encoder": 0.0})
     assert torch.equal(answer(base15), plain)
-    adapters.set_scale(base15, 0.5)
+    adapters.set_scale(base15, {"unet": 0.5, "text_encoder": 0.5})
     half = answer(base15)
     assert not torch.equal(half, full) and not torch.equal(half, plain)
-    adapters.set_scale(base15, 0.5)
+    adapters.set_scale(base15, {"unet": 0.5, "text_encoder": 0.5})
     assert torch.equal(answer(base15), half), "a scale replaces the one before"
-    adapters.set_scale(base15, 1.0)
+    adapters.set_scale(base15, {"unet": 1.0, "text_encoder": 1.0})
     assert torch.equal(answer(base15), full)
 
 
@@ -194,7 +194,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(b
     misshapen = {name: tensor + 1 for name, tensor in before.items()} | {key: torch.zeros(3, 3)}
     for tensors, named in ((missing, key), (surplus, "unet.nowhere.lora_A.weight"), (misshapen, key)):
         with pytest.raises(AdapterFileError, match=f"'{named}'"):
-            adapters.load_in_place(adapters.slots(base15), tensors)
+            adapters.load_in_place(adapters.slots(base15), tensors, LoraSettings())
     after = adapters.collect(base15)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

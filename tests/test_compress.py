@@ -70,7 +70,8 @@ def test_a_compressed_adapter_edits_with_layers_missing(base15: Base, editor: Ed
     settings = replace(EDIT, strength=1.0)
     first = editor.pixels(found, ["zqrt"], "", None, [0], settings)
     editor.pixels(adapter, ["zqrt"], "", None, [0], settings)
-    assert torch.equal(editor.pixels(found, ["zqrt"], "", None, [0], settings), first)
+    again = editor.pixels(found, ["zqrt"], "", None, [0], settings)  # in slots with zeros: another last bit
+    assert (again - first).abs().max() < 1e-5
 
 
 def test_bytes_are_kept_to(base15: Base) -> None:

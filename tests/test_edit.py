@@ -22,10 +22,11 @@ from diffusers import (
 from PIL import Image
 from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
 
+from lora_unitune.adapter_cache import AdapterCache
 from lora_unitune.adapter_file import Adapter
 from lora_unitune.adapters import is_attached
 from lora_unitune.edit import Editor, read_settings
-from lora_unitune.errors import OutputError, SettingError
+from lora_unitune.errors import AdapterFileError, OutputError, SettingError
 from lora_unitune.families import Base, load_base
 from lora_unitune.recipe import LoraSettings
 
@@ -197,6 +198,35 @@ def test_an_adapter_of_the_same_layout_is_exchanged_in_place(base15: Base, edito
     modules = [id(module) for module in base15.parts["unet"].modules()]
     editor.edit(second, "a fox", steps=1, strength=1)
     assert [id(module) for module in base15.parts["unet"].modules()] == modules
+
+
+def test_slots_that_grew_hold_every_layout_used_so_far(base15: Base, editor: Editor) -> None:
+    other = LoraSettings(unet_rank=2, unet_targets=("to_q", "conv1"), text_encoder_rank=0)
+    made = [make_adapter(base15), make_adapter(base15, other)]
+    for adapter in made:
+        editor.edit(adapter, "a fox", steps=1, strength=1)
+    modules = [id(module) for module in base15.parts["unet"].modules()]
+    for adapter in made:
+        editor.edit(adapter, "a fox", steps=1, strength=1)
+    assert [id(module) for module in base15.parts["unet"].modules()] == modules
+
+
+def test_the_last_adapters_stay_in_memory_within_a_budget(base15: Base, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        make_adapter(base15, seed=number).save(path)
+    one = AdapterCache(10**9)
+    first = one.open(paths[0])
+    assert one.open(paths[0]) is first and one.open(paths[0], tokens="zqrt") is not first
+    cache = AdapterCache(2 * one.size // 2 + 1)
+    opened = [cache.open(path) for path in paths]
+    assert cache.size <= cache.budget
+    assert cache.open(paths[2]) is opened[2] and cache.open(paths[0]) is not opened[0]
+    make_adapter(base15, seed=9).save(paths[2], overwrite=True)
+    assert cache.open(paths[2]).digest != opened[2].digest, "a file that changed is read again"
+    assert AdapterCache(0).open(paths[0]).digest == first.digest
+    with pytest.raises(AdapterFileError, match="doesn't exist"):
+        Editor(base15).open(tmp_path / "none.safetensors")
 
 
 def test_adapter_scale_0_is_the_plain_base(base15: Base, editor: Editor, adapter: Adapter) -> None:

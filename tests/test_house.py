@@ -15,6 +15,7 @@ PACKAGE = Path(lora_unitune.__file__).resolve().parent
 STOREYS = (
     {"errors", "recipe"},
     {
+        "adapter_cache",
         "adapter_checks",
         "adapter_file",
         "adapter_header",
@@ -23,6 +24,7 @@ STOREYS = (
         "eight_bit",
         "families",
         "guidance",
+        "hub",
         "kohya",
         "objective",
         "optimizers",

@@ -74,7 +74,7 @@ def test_a_fit_lowers_the_loss_for_epsilon_and_v_prediction(base: Base, photo_im
     )
     assert [step for step, _, _ in seen] == list(range(1, 26)) and {steps for _, steps, _ in seen} == {25}
     adapters.attach(base, adapter.recipe.lora)
-    adapters.load_in_place(adapters.slots(base), adapter.tensors)
+    adapters.load_in_place(adapters.slots(base), adapter.tensors, adapter.recipe.lora)
     assert error_on_photo(base, photo_image) < 0.8 * before
 
 
