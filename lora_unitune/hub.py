@@ -130,13 +130,9 @@ def push(upload: Upload) -> str:
     from huggingface_hub import CommitOperationAdd
 
     api = _client()
-    contents: dict[str, Any] = {"README.md": upload.card.encode(), **upload.files}
-    operations = [
-        CommitOperationAdd(
-            path_in_repo=name, path_or_fileobj=content if name == "README.md" else str(content)
-        )
-        for name, content in contents.items()
-    ]
+    contents = {name: path.read_bytes() for name, path in upload.files.items()}
+    contents["README.md"] = upload.card.encode()
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     try:
         api.create_repo(upload.repo, private=upload.private, exist_ok=True)
         made = api.create_commit(upload.repo, operations, commit_message="Add an adapter of one photo")

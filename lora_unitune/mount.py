@@ -1,7 +1,7 @@
 """Puts one adapter after another on a base, in place where it can, and gives the base back to the bit.
 
-The slots that adapters are copied into have room for every layout that was used so far: the largest ranks, and
-all layers. Where an adapter has less, zeros add nothing.
+The slots that adapters are copied into have room for every layout that was used so far: the largest ranks,
+and all layers. Where an adapter has less, zeros add nothing but, at most, another last bit.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def test_what_cannot_be_pushed_is_one_line(
 
 def test_a_card_is_not_broken_by_what_a_header_says(adapter_file: Path) -> None:
     described = {
-        "path": "x.safetensors", "base": "a|b`c", "rare_tokens": 'q"`|w', "fingerprint": "0", "method": "lora",
-        "ranks": {"unet": 2}, "recipe": {"fit": {"steps": 3}}, "resolution": 64, "bytes": 9,
+        "path": "x.safetensors", "base": "a|b`c", "rare_tokens": 'q"`|w', "fingerprint": "0",
+        "method": "lora", "ranks": {"unet": 2}, "recipe": {"fit": {"steps": 3}}, "resolution": 64, "bytes": 9,
         "photo_embedded": False,
     }  # fmt: skip
     card = hub.model_card(described, "me/photo", "mit", ["sample-1.png"])
