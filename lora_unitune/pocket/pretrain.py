@@ -153,7 +153,7 @@ def concentrate(timesteps: Tensor) -> Tensor:
 def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
     """Weights of the loss over each latent, (n, 1, side, side), mean 1: four times as much around the object.
 
-    The best prediction stays the same wherever the weights are; they only say what to learn first.
+    They say what to learn first, and only where the noise shows the object: see `where_seen`.
     """
     weights = torch.ones(len(drawn), 1, side, side)
     for weight, scene in zip(weights, drawn, strict=True):
@@ -162,6 +162,17 @@ def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
         top = side * max(0.0, bottom - 0.08 - scene.size)
         weight[:, int(top) : math.ceil(side * bottom), max(0, int(left)) : math.ceil(right)] = 4.0
     return weights / weights.mean((1, 2, 3), keepdim=True)
+
+
+def where_seen(weights: Tensor, timesteps: Tensor) -> Tensor:
+    """Takes weights (b, 1, h, w) as they are up to timestep 300, and evens them out up to 500.
+
+    Where the noise hides the object, weights that follow it would count the scenes in which it covers a place
+    four times, and those in which it doesn't once: the best prediction would show it larger, and everywhere
+    at once.
+    """
+    share = ((500 - timesteps.float()) / 200).clamp(0, 1).view(-1, 1, 1, 1)
+    return 1 + share * (weights - 1)
 
 
 @torch.no_grad()
@@ -240,8 +251,8 @@ def train_unet(
             embedded = encoder(tokens(tokenizer, texts).to(device)).last_hidden_state
             v, names = predict(noisy.to(memory_format=torch.channels_last), steps, embedded)
         target = training_target(clean, noise[1].to(device), steps, alphas, "v_prediction")
-        error = ((v.float() - target).square() * around[chosen].to(device)).mean((1, 2, 3))
-        loss = (error * weights_of_timesteps(steps, alphas)).mean()
+        error = (v.float() - target).square() * where_seen(around[chosen].to(device), steps)
+        loss = (error.mean((1, 2, 3)) * weights_of_timesteps(steps, alphas)).mean()
         pose, sun = names.float().split((len(POSES), len(SUNS)), dim=1)
         told = labels[chosen].to(device)
         lesson = F.cross_entropy(pose, told[:, 0]) + F.cross_entropy(sun, told[:, 1])
