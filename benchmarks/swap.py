@@ -23,12 +23,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lora_unitune import Adapter, Recipe, adapters
-from lora_unitune.families import Base, load_base
+from lora_unitune.families import Base
 from lora_unitune.mount import Mount
 from lora_unitune.output import write_atomically
 from lora_unitune.recipe import default_recipe
 
-from .cost import random_sd15
+from .cost.bases import NAMES, make_base
 from .origin import origin
 
 
@@ -83,12 +83,12 @@ def exact(base: Base, before: dict[str, torch.Tensor]) -> bool:
 
 
 @click.command(help=__doc__)
-@click.option("--base", "name", default="pocket", show_default=True, type=click.Choice(["pocket", "sd15"]))
+@click.option("--base", "name", default="pocket", show_default=True, type=click.Choice(NAMES[:2]))
 @click.option("--swaps", default=200, show_default=True, type=click.IntRange(2))
 @click.option("--many", default=1000, show_default=True, help="Swaps over which memory is watched.")
 @click.option("-o", "--output", metavar="FILE", help="Write the result as JSON too.")
 def main(name: str, swaps: int, many: int, output: str | None) -> None:
-    base = random_sd15("cpu") if name == "sd15" else load_base(name, "cpu")
+    base = make_base(name, "cpu")
     recipe = Recipe() if name == "sd15" else default_recipe(base.name, base.family)
     before = {f"{part}.{key}": tensor.clone() for part, module in base.parts.items()
               for key, tensor in module.state_dict().items()}  # fmt: skip

@@ -94,6 +94,10 @@ def main(
 def run_tune(methods: list[str], count: int, trials: int, base: str, device: str) -> None:
     """Chooses each method's dials on the tuning list."""
     for name in methods:
+        if name not in METHODS:
+            raise click.UsageError(
+                f"{name} is tuned as {name.partition('@')[0]}; only whole names have dials"
+            )
         if not METHODS[name].grid:
             continue
         rows = tune(name, count, trials, base, device)

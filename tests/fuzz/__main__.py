@@ -48,15 +48,30 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-def example(layout: Any) -> bytes:
-    """Returns a small adapter file of each kind of tensor."""
-    lora = LoraSettings(unet_rank=2, unet_targets=("to_q", "conv1"), text_encoder_rank=1)
-    shapes = {
+LAYERS = {
+    "sd": {
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": ((2, 8), (8, 2)),
         "unet.up_blocks.0.resnets.1.conv1": ((2, 4, 3, 3), (4, 2, 1, 1)),
         "unet.mid_block.resnets.1.conv1": ((1, 4, 3, 3), (4, 1, 1, 1)),
         "text_encoder.encoder.layers.0.self_attn.q_proj": ((1, 8), (8, 1)),
-    }
+    },
+    "sdxl": {
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": ((2, 8), (8, 2)),
+        "unet.up_blocks.0.resnets.1.conv1": ((2, 4, 3, 3), (4, 2, 1, 1)),
+        "text_encoder.encoder.layers.0.self_attn.q_proj": ((1, 8), (8, 1)),
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj": ((1, 8), (8, 1)),
+    },
+}
+
+
+def example(
+    layout: Any, family: str, fingerprint: str = "0123456789abcdef", dtype: Any = torch.float16
+) -> bytes:
+    """Returns a small adapter file of each kind of tensor; without a fingerprint, as other tools write it."""
+    lora = LoraSettings(
+        unet_rank=2, unet_targets=("to_q", "to_k", "conv1"), text_encoder_rank=1, text_encoder_2_rank=1
+    )
+    shapes = LAYERS[family]
     sides = ("lora_A", "lora_B")
     tensors = {
         f"{layer}.{side}.weight": torch.ones(shape)
@@ -68,8 +83,9 @@ def example(layout: Any) -> bytes:
         rare_tokens="zqrt ohwx",
         recipe=Recipe(lora=lora),
         base="pocket",
-        fingerprint="0123456789abcdef",
-        photo_latents=torch.ones(1, 4, 2, 2),
+        fingerprint=fingerprint,
+        photo_latents=torch.ones(1, 4, 2, 2) if fingerprint else None,
+        family=family,
         resolution=64,
         seed=1,
         seconds=2.0,
@@ -77,7 +93,7 @@ def example(layout: Any) -> bytes:
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "example.safetensors"
-        adapter.save(path, layout=layout)
+        adapter.save(path, layout=layout, dtype=dtype)
         return path.read_bytes()
 
 
@@ -189,7 +205,9 @@ def open_mutated(count: int, seed: int = 0) -> Counter[str]:
         Exception: whatever but this package's own error a file caused.
     """
     rng, found = random.Random(seed), Counter[str]()
-    examples = [example("diffusers"), example("kohya")]
+    examples = [example(layout, family, fingerprint) for layout in ("diffusers", "kohya")
+                for family in LAYERS for fingerprint in ("0123456789abcdef", "")]  # fmt: skip
+    examples += [example("diffusers", family, dtype=torch.int8) for family in LAYERS]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated.safetensors"

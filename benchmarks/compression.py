@@ -1,0 +1,98 @@
+"""How small an adapter file may be before its edits suffer, and which layers earn their bytes.
+
+    python -m benchmarks.compression --photos 8 -o benchmarks/results/compression.json
+
+Photos of the counterfactual benchmark's tuning list are fitted with the default recipe; each adapter is
+compressed to several sizes, and all make the same edits from the same noise.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from lora_unitune import Adapter, Editor, fit
+from lora_unitune.compress import _effects, _put_together, _taken_apart, compress, effect_lost
+from lora_unitune.families import Base
+
+from .counterfactual.measures import measure
+from .counterfactual.methods import METHODS
+from .counterfactual.pairs import EDITS_OF_PHOTO, draw_pairs
+from .counterfactual.run import noise_seeds, photos
+from .origin import origin
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "8 bits": {"eight_bit": True},
+    **{f"{size} bytes": {"to_bytes": size} for size in (200_000, 150_000, 100_000, 60_000)},
+    **{
+        f"{size} bytes in 8 bits": {"to_bytes": size, "eight_bit": True}
+        for size in (100_000, 60_000, 40_000, 25_000)
+    },
+}
+
+
+def worth_of_layers(base: Base, adapter: Adapter) -> dict[str, tuple[float, int]]:
+    """Share of the effect, and bytes in 16 bits, by the kind of layer."""
+    layers = _taken_apart(adapter)
+    every = [list(range(len(layer.values))) for layer in layers]
+    worths = _effects(base, _put_together(adapter, layers, every), layers)
+    total = sum(float(worth.sum()) for worth in worths)
+    found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for layer, worth in zip(layers, worths, strict=True):
+        kind = ".".join(name for name in layer.module.split(".")[-3:] if not name.isdigit())
+        name = kind if layer.part == "unet" else layer.part
+        share, size = found[name]
+        found[name] = share + float(worth.sum()) / total, size + 2 * layer.numbers * len(worth)
+    return found
+
+
+@click.command(help=__doc__)
+@click.option("--photos", "count", default=8, show_default=True, type=click.IntRange(1))
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False))
+def main(count: int, output: Path | None) -> None:
+    editor, method = Editor("pocket", "cpu"), METHODS["lora"]
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
+    layers: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, group in photos(draw_pairs("tuning", EDITS_OF_PHOTO * count)):
+            editor.release()
+            whole = fit(group[0].image, base=editor.base)
+            for kind, share in worth_of_layers(editor.base, whole).items():
+                layers[kind].append(share)
+            for name, limits in SETTINGS.items():
+                editor.release()
+                small = compress(whole, base=editor.base, **limits).adapter if limits else whole
+                file = Path(folder) / "small.safetensors"
+                small.save(file, True, torch.int8 if limits.get("eight_bit") else torch.float16)
+                costs = {"bytes": file.stat().st_size, "effect_lost": effect_lost(editor.base, whole, small)}
+                pictures = method.edit(editor, small, group, noise_seeds(number, 0, len(group)), {})
+                rows[name] += [{**costs, **row} for row in measure(group, pictures)]
+            click.echo(f"photo {number} done", err=True)
+    table = {
+        name: {key: round(float(np.nanmean([row[key] for row in of])), 4) for key in of[0]}
+        for name, of in rows.items()
+    }
+    worth = {
+        kind: {"share": round(float(np.mean([share for share, _ in of])), 4), "bytes": of[0][1]}
+        for kind, of in sorted(layers.items(), key=lambda item: -np.mean([share for share, _ in item[1]]))
+    }
+    made = {**origin(editor.base.device), "photos": count, "table": table, "layers": worth}
+    for name, row in table.items():
+        click.echo(f"{name:<24}{row['bytes']:>9.0f} bytes  effect lost {100 * row['effect_lost']:5.1f} %  "
+                   f"success {row['success']:.3f}  to the truth {row['psnr_truth']:.2f} dB")  # fmt: skip
+    for kind, of in worth.items():
+        click.echo(f"{kind:<28}{100 * of['share']:5.1f} % of the effect, {of['bytes']} bytes")
+    if output:
+        output.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

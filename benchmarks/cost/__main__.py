@@ -1,0 +1,101 @@
+"""What a fit and an edit cost on one machine, in one run.
+
+    python -m benchmarks.cost steps --base pocket -o benchmarks/results/cost-pocket.json
+    python -m benchmarks.cost steps --base sd15 --resolution 256 --steps 3 --batch 1
+    python -m benchmarks.cost reach -o benchmarks/results/reach-pocket.json
+    python -m benchmarks.cost first-picture
+    python -m benchmarks.cost growth
+
+`steps` compares this project's LoRA, full fine-tuning, and the loops that diffusers' DreamBooth examples
+describe. `reach` gives the rival the steps it needs for the same reconstruction. `first-picture` splits the
+time from a process's start to its first edit. `growth` is over resolution, batch, rank and candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_unitune.families import resolve_device
+
+from ..origin import origin
+from .bases import NAMES
+from .steps import METHODS, compare, measure
+from .whole import first_picture, growth, reach
+
+_device = click.option("--device", default="auto", show_default=True)
+_output = click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False))
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+def _tell(device: str, output: Path | None, **found: Any) -> None:
+    text = json.dumps({**origin(resolve_device(device)), **found}, indent=1)
+    click.echo(text)
+    if output:
+        output.write_text(text + "\n")
+
+
+@main.command("steps")
+@click.option("--base", default="pocket", show_default=True, type=click.Choice(NAMES))
+@click.option("--methods", default=",".join(METHODS), show_default=True, metavar="NAME,NAME")
+@click.option("--resolution", default=0, show_default=True, help="Of the photo; 0 is the base's own.")
+@click.option("--steps", default=10, show_default=True, type=click.IntRange(2))
+@click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--rounds", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--only", type=click.Choice(METHODS), help="Only this method, once, in this process.")
+@_device
+@_output
+def steps_command(
+    base: str,
+    methods: str,
+    resolution: int,
+    steps: int,
+    batch: int,
+    rounds: int,
+    only: str | None,
+    device: str,
+    output: Path | None,
+) -> None:
+    """Steps of LoRA, full fine-tuning and the rival, in turns, each in a process of its own."""
+    if only:
+        click.echo(json.dumps(measure(base, only, resolution, steps, batch, device)))
+        return
+    settings = {"base": base, "resolution": resolution, "steps": steps, "batch": batch, "device": device}
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    names = [name for name in methods.split(",") if name in METHODS]
+    _tell(device, output, **settings, rounds=rounds, costs=compare(arguments, names, rounds))
+
+
+@main.command("reach")
+@click.option("--scenes", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--most", default=960, show_default=True, help="Steps after which the rival gives up.")
+@_device
+@_output
+def reach_command(scenes: int, most: int, device: str, output: Path | None) -> None:
+    """Time to the same reconstruction of held-out scenes, against the rival."""
+    _tell(device, output, most=most, scenes=[reach(number, most, device) for number in range(scenes)])
+
+
+def _plain(name: str, work: Callable[[int, str], Any], what: str, default: int) -> None:
+    @main.command(name, help=what)
+    @click.option("--count", default=default, show_default=True, type=click.IntRange(2))
+    @_device
+    @_output
+    def command(count: int, device: str, output: Path | None) -> None:
+        _tell(device, output, count=count, found=work(count, device))
+
+
+_plain("first-picture", first_picture, "From a process's start to the first picture, so many times.", 3)
+_plain("growth", growth, "How steps and memory grow; so many steps of each setting.", 8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The rival: a fit as diffusers' DreamBooth examples describe it, written from their description.
+
+In every step the photo comes out of a data loader, is encoded by the VAE, and each copy's prompt goes through
+the text encoder; timesteps are drawn independently; AdamW at a constant rate (5e-4 for LoRA, 5e-6 for all
+weights, weight decay 1e-2), gradients clipped to 1; A matrices start as Gaussian noise. Rank, targets and
+batch are those of the recipe, so that only the loop differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lora_unitune import adapters
+from lora_unitune.families import Base
+from lora_unitune.objective import add_noise, training_target
+from lora_unitune.photo import load_photo, photo_to_tensor
+from lora_unitune.prepare import choose_rare_tokens
+from lora_unitune.recipe import Recipe
+
+RATES = {"lora": 5e-4, "full": 5e-6}
+
+
+def train_rival(
+    photo: Image.Image,
+    base: Base,
+    recipe: Recipe,
+    on_step: Callable[[int], Any],
+    rate: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Trains what is trainable in the base: attached adapters, or its own weights.
+
+    Args:
+        photo: of any size.
+        base: with adapters attached, or with weights made trainable.
+        recipe: its steps, batch, resolution and rare tokens are used.
+        on_step: called after each step, with its number; True ends the training.
+        rate: instead of the example's own.
+        seed: of everything drawn.
+    """
+    torch.manual_seed(seed)
+    for name, weight in adapters.slots(base).items():
+        if ".lora_A." in name:
+            torch.nn.init.normal_(weight, std=1 / weight.shape[0])
+    settings = recipe.fit
+    pixels = photo_to_tensor(load_photo(photo, recipe.photo.resolution or base.resolution))[0]
+    ids = base.tokenize(choose_rare_tokens(recipe, base))[0]
+    weights = [weight for found in adapters.trainable_parameters(base).values() for weight in found]
+    rate = rate or RATES[settings.method]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-2)
+    copies: Any = [pixels] * settings.batch_size
+    loader: DataLoader[Any] = DataLoader(copies, batch_size=settings.batch_size, shuffle=True)
+    alphas = base.alphas_cumprod.to(base.device)
+    half = torch.autocast(base.device.type, torch.bfloat16, enabled=base.device.type == "cuda")
+    step = 0
+    while step < settings.steps:
+        for batch in loader:
+            mean, std = base.encode_photo(batch)
+            latents = mean + std * torch.randn_like(mean)
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, len(alphas), (len(latents),), device=base.device)
+            noised = add_noise(latents, noise, timesteps, alphas)
+            with half:
+                embedded = base.embed(ids.expand(len(latents), -1))
+                predicted = base.predict(noised, timesteps, embedded)
+            target = training_target(latents, noise, timesteps, alphas, base.prediction_type)
+            F.mse_loss(predicted.float(), target.float()).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if on_step(step) or step == settings.steps:
+                return
