@@ -224,6 +224,10 @@ class Imagic(Unfitted):
         "strength": (1.0, 0.9),
     }
     embedding_steps, embedding_rate, unet_steps, unet_rate, batch = 60, 2e-3, 80, 2e-4, 4
+    kept = 0  # pairs; `tune` sets it, a run has each pair once
+
+    def __init__(self) -> None:
+        self._learned: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -232,18 +236,36 @@ class Imagic(Unfitted):
         return np.concatenate([self._edit(editor, *one, dials) for one in zip(pairs, seeds, strict=True)])
 
     def _edit(self, editor: Editor, pair: Any, seed: int, dials: Dials) -> np.ndarray:
-        base, unet = editor.base, editor.base.parts["unet"]
-        mean, std = base.encode_photo(photo_to_tensor(load_photo(pair.image, base.resolution)))
+        photo = load_photo(pair.image, editor.base.resolution)
+        mean, std = editor.base.encode_photo(photo_to_tensor(photo))
         wanted = embeddings(editor, [pair.prompt])
-        found = wanted.clone().requires_grad_(True)
-        generator = torch.Generator().manual_seed(seed)
-        descend(editor, [found], self.embedding_rate, self.embedding_steps, found, mean, std, generator)
-        found = found.detach()
-        with trainable(unet):
-            weights = list(unet.parameters())
-            descend(editor, weights, self.unet_rate, self.unet_steps, found, mean, std, generator)
-            with torch.no_grad():
-                return self._sample(editor, found.lerp(wanted, dials["mix"]), mean, seed, dials)
+        found, learned = self._learn(editor, wanted, mean, std, seed)
+        unet = editor.base.parts["unet"]
+        with trainable(unet), torch.no_grad():
+            for weight, value in zip(unet.parameters(), learned, strict=True):
+                weight.copy_(value)
+            return self._sample(editor, found.lerp(wanted, dials["mix"]), mean, seed, dials)
+
+    def _learn(
+        self, editor: Editor, wanted: Tensor, mean: Tensor, std: Tensor, seed: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embedding and the UNet's weights of a pair; tuning keeps the last ones for its next dials."""
+        key = (editor.base.fingerprint, seed, *(tensor.numpy().tobytes() for tensor in (wanted, mean)))
+        if key not in self._learned:
+            unet, generator = editor.base.parts["unet"], torch.Generator().manual_seed(seed)
+            found = wanted.clone().requires_grad_(True)
+            descend(editor, [found], self.embedding_rate, self.embedding_steps, found, mean, std, generator)
+            found = found.detach()
+            with trainable(unet):
+                weights = list(unet.parameters())
+                descend(editor, weights, self.unet_rate, self.unet_steps, found, mean, std, generator)
+                learned = [weight.detach().clone() for weight in weights]
+            if not self.kept:
+                return found, learned
+            self._learned[key] = found, learned
+            for old in list(self._learned)[: -self.kept]:
+                del self._learned[old]
+        return self._learned[key]
 
     def _sample(self, editor: Editor, mixed: Tensor, mean: Tensor, seed: int, dials: Dials) -> np.ndarray:
         strength = dials["strength"]

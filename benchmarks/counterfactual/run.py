@@ -24,8 +24,8 @@ from lora_unitune.adapter_file import Adapter
 
 from ..memory import Peak, of_adapter
 from .measures import measure
-from .methods import METHODS, Dials, Method
-from .pairs import draw_pairs
+from .methods import METHODS, Dials, Imagic, Method
+from .pairs import EDITS_OF_PHOTO, draw_pairs
 
 DIALS = Path(__file__).with_name("dials.json")
 """The dials of each method as `tune` chose them on the tuning list."""
@@ -191,17 +191,21 @@ def settings_to_try(method: Method, trials: int) -> list[Dials]:
 def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> list[dict[str, Any]]:
     """Tries settings on the tuning list, best first: most successes, then nearest to the true pictures."""
     editor, method = Editor(base, device), METHODS[name]
-    rows, fits = [], dict[str, Any]()
-    for dials in settings_to_try(method, trials):
-        measured = []
-        for number, group in photos(draw_pairs("tuning", pair_count)):
-            key = json.dumps([number, {dial: value for dial, value in dials.items() if "." in dial}])
+    if isinstance(method, Imagic):
+        method.kept = EDITS_OF_PHOTO
+    tried = [(dials, list[dict[str, float]]()) for dials in settings_to_try(method, trials)]
+    for number, group in photos(draw_pairs("tuning", pair_count)):
+        fits = dict[str, Any]()
+        for dials, measured in tried:
+            key = json.dumps({dial: value for dial, value in dials.items() if "." in dial})
             if key not in fits:
                 fits[key] = method.fit(editor, group[0].image, 0, dials)
             pictures = method.edit(editor, fits[key], group, noise_seeds(number, 0, len(group)), dials)
             measured += measure(group, pictures)
+        click.echo(f"{name}: {len(tried[0][1])} of {pair_count} pairs", err=True)
+    rows = []
+    for dials, measured in tried:
         means = {field: float(np.nanmean([row[field] for row in measured])) for field in measured[0]}
         rows.append({"dials": dials, **{field: round(value, 4) for field, value in means.items()}})
-        click.echo(f"{name} {json.dumps(rows[-1])}", err=True)
     editor.release()
     return sorted(rows, key=lambda row: (-row["success"], -row["psnr_truth"]))
