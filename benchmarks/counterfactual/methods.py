@@ -78,7 +78,7 @@ class UniTune:
         edit = default_recipe("pocket", "sd").edit
         self.grid = {
             "adapter_scale": (edit.adapter_scale, 0.2, 0.3, 0.5, 0.6, 0.8, 1.0),
-            "guidance": (edit.guidance, 2.0, 3.0, 5.0, 7.0),
+            "guidance": (edit.guidance, 1.5, 2.0, 3.0, 4.0),
             "strength": (edit.strength, 0.6, 0.7, 0.8, 0.9, 1.0),
             "unconditional": (edit.unconditional, "adapter"),
         } | self.grid
