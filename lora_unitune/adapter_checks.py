@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_unitune.errors import AdapterFileError
-from lora_unitune.families import PARTS
+from lora_unitune.families import PARTS, one_line
 from lora_unitune.recipe import LoraSettings
 
 LARGEST_HEADER = 16 * 2**20  # bytes
@@ -110,8 +110,7 @@ def shown(key: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def damaged(path: str | Path, error: Exception) -> AdapterFileError:

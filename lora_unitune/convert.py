@@ -20,7 +20,7 @@ from lora_unitune.adapter_file import Adapter
 from lora_unitune.adapter_header import METADATA_KEY, PHOTO_KEY
 from lora_unitune.adapters import lora_config, patterns
 from lora_unitune.errors import AdapterFileError, OutputError, SettingError
-from lora_unitune.families import PARTS
+from lora_unitune.families import PARTS, one_line
 from lora_unitune.recipe import FitSettings, PromptSettings
 
 Layout = Literal["diffusers", "kohya", "peft"]
@@ -190,5 +190,5 @@ def _config_of(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} can't be read ({error}); {_AGAIN}") from error
+        raise AdapterFileError(f"{path} can't be read ({one_line(error)}); {_AGAIN}") from error
     return config

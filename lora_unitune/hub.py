@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_unitune.adapter_file import describe
 from lora_unitune.errors import HubError, SettingError
+from lora_unitune.families import one_line
 
 SCHEME = "hub://"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -137,7 +138,7 @@ def push(upload: Upload) -> str:
         api.create_repo(upload.repo, private=upload.private, exist_ok=True)
         made = api.create_commit(upload.repo, operations, commit_message="Add an adapter of one photo")
     except Exception as error:  # network, authorisation and the hub's own errors have no common class
-        raise HubError(f"{upload.repo} can't be pushed to ({_reason(error)}); {_ASK}") from error
+        raise HubError(f"{upload.repo} can't be pushed to ({one_line(error)}); {_ASK}") from error
     return str(made.commit_url)
 
 
@@ -161,7 +162,7 @@ def download(address: str) -> Path:
         siblings = api.model_info(repo, files_metadata=True).siblings or []
         sizes = {each.rfilename: each.size or 0 for each in siblings}
     except Exception as error:
-        raise HubError(f"{repo} can't be read ({_reason(error)}); {_ASK}") from error
+        raise HubError(f"{repo} can't be read ({one_line(error)}); {_ASK}") from error
     found = sorted(file for file in sizes if file == wanted or (not wanted and file.endswith(".safetensors")))
     if not found:
         raise HubError(f"{repo} has no {wanted or 'safetensors file'}; check it on the hub")
@@ -172,7 +173,7 @@ def download(address: str) -> Path:
     try:
         return Path(api.hf_hub_download(repo, found[0]))
     except Exception as error:
-        raise HubError(f"{found[0]} of {repo} can't be downloaded ({_reason(error)}); {_ASK}") from error
+        raise HubError(f"{found[0]} of {repo} can't be downloaded ({one_line(error)}); {_ASK}") from error
 
 
 def _client() -> Any:
@@ -184,7 +185,3 @@ def _client() -> Any:
 def _cell(text: str) -> str:
     """Returns a header's text so that it stays inside a table cell and its backquotes."""
     return re.sub(r"[`|\\]", "", text)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -324,3 +324,12 @@ def test_a_strangers_file_that_is_no_adapter_is_refused(
     save_file(tensors, tmp_path / "foreign.safetensors")
     with pytest.raises(AdapterFileError, match=message):
         Adapter.load(tmp_path / "foreign.safetensors")
+
+
+def test_a_librarys_words_about_a_file_are_safe_to_print(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "photo.safetensors"
+    adapter.save(path)
+    path.write_bytes(path.read_bytes().replace(b'"F16"', b'"F\x7f6"', 1))
+    with pytest.raises(AdapterFileError, match=r"F\\x7f6") as caught:
+        Adapter.load(path)
+    assert str(caught.value).isprintable()

@@ -187,6 +187,10 @@ def load_base(name: str, device: str = "auto", dtype: torch.dtype | None = None)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """Returns an error's message as one line of at most `limit` characters."""
+    """Returns an error's message as one line of at most `limit` characters that are safe to print.
+
+    Libraries quote what they found in a file, control characters included.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
