@@ -49,6 +49,13 @@ def lora_settings(lora: LoraSettings, part: str) -> tuple[int, tuple[str, ...]]:
     return getattr(lora, f"{part}_rank"), getattr(lora, f"{part}_targets")
 
 
+def is_target(key: str, lora: LoraSettings) -> bool:
+    """Says whether settings adapt the layer that a tensor of theirs belongs to."""
+    layer = key.rsplit(".", 2)[0]
+    rank, targets = lora_settings(lora, layer.partition(".")[0])
+    return bool(rank) and layer.endswith(tuple(f".{target}" for target in targets))
+
+
 def check_lora_tensors(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]], lora: LoraSettings, family: str
 ) -> None:
@@ -61,17 +68,14 @@ def check_lora_tensors(
     """
     for key, shape in shapes.items():
         match = LORA_KEY.fullmatch(key)
-        rank, targets = (
-            lora_settings(lora, match["part"]) if match and match["part"] in PARTS[family] else (0, ())
-        )
-        ends = tuple(f".{target}" for target in targets)
-        if not match or not rank or not f".{match['module']}".endswith(ends):
+        if not match or match["part"] not in PARTS[family] or not is_target(key, lora):
             raise AdapterFileError(f"{path}: tensor {shown(key)} doesn't belong in it; {AGAIN}")
-        side, other = ("A", "B") if match["side"] == "A" else ("B", "A")
+        rank, _ = lora_settings(lora, match["part"])
+        other = "B" if match["side"] == "A" else "A"
         partner = f"{match['part']}.{match['module']}.lora_{other}.weight"
         if partner not in shapes:
             raise AdapterFileError(f"{path}: tensor {shown(partner)} is missing; {AGAIN}")
-        inner = 0 if side == "A" else 1
+        inner = 0 if match["side"] == "A" else 1
         is_matrix = len(shape) in (2, 4) and len(shapes[partner]) == len(shape) and 0 not in shape
         if not is_matrix or shape[inner] > rank or shape[inner] != shapes[partner][1 - inner]:
             raise AdapterFileError(f"{path}: tensor {shown(key)} has shape {shape}, not rank {rank}; {AGAIN}")

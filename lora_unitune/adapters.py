@@ -14,6 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_unitune.adapter_checks import is_target
 from lora_unitune.eight_bit import rank_axis
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
@@ -153,14 +154,6 @@ def load_in_place(
             if rank:
                 weight.narrow(inner, 0, rank).copy_(tensors[key])
             weight.narrow(inner, rank, weight.shape[inner] - rank).zero_()
-
-
-def is_target(key: str, lora: LoraSettings) -> bool:
-    """Says whether settings adapt the layer that a tensor belongs to."""
-    layer = key.rsplit(".", 2)[0]
-    part = layer.partition(".")[0]
-    targets = getattr(lora, f"{part}_targets")
-    return bool(getattr(lora, f"{part}_rank")) and layer.endswith(tuple(f".{target}" for target in targets))
 
 
 def has_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> bool:
