@@ -18,9 +18,8 @@ import click
 import numpy as np
 import torch
 
-from lora_unitune import Adapter, Editor, fit
-from lora_unitune.compress import _effects, _put_together, _taken_apart, compress, effect_lost
-from lora_unitune.families import Base
+from lora_unitune import Editor, fit
+from lora_unitune.compress import Layer, compress, effect_lost, take_apart
 
 from .counterfactual.measures import measure
 from .counterfactual.methods import METHODS
@@ -39,18 +38,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def worth_of_layers(base: Base, adapter: Adapter) -> dict[str, tuple[float, int]]:
+def worth_of_layers(layers: list[Layer]) -> dict[str, tuple[float, int]]:
     """Share of the effect, and bytes in 16 bits, by the kind of layer."""
-    layers = _taken_apart(adapter)
-    every = [list(range(len(layer.values))) for layer in layers]
-    worths = _effects(base, _put_together(adapter, layers, every), layers)
-    total = sum(float(worth.sum()) for worth in worths)
+    total = sum(float(layer.worths.sum()) for layer in layers)
     found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-    for layer, worth in zip(layers, worths, strict=True):
+    for layer in layers:
         kind = ".".join(name for name in layer.module.split(".")[-3:] if not name.isdigit())
         name = kind if layer.part == "unet" else layer.part
         share, size = found[name]
-        found[name] = share + float(worth.sum()) / total, size + 2 * layer.numbers * len(worth)
+        worth = float(layer.worths.sum()) / total
+        found[name] = share + worth, size + 2 * layer.numbers * len(layer.values)
     return found
 
 
@@ -65,11 +62,12 @@ def main(count: int, output: Path | None) -> None:
         for number, group in photos(draw_pairs("tuning", EDITS_OF_PHOTO * count)):
             editor.release()
             whole = fit(group[0].image, base=editor.base)
-            for kind, share in worth_of_layers(editor.base, whole).items():
+            apart = take_apart(whole, editor.base)
+            for kind, share in worth_of_layers(apart).items():
                 layers[kind].append(share)
             for name, limits in SETTINGS.items():
                 editor.release()
-                small = compress(whole, base=editor.base, **limits).adapter if limits else whole
+                small = compress(whole, layers=apart, **limits).adapter if limits else whole
                 file = Path(folder) / "small.safetensors"
                 small.save(file, True, torch.int8 if limits.get("eight_bit") else torch.float16)
                 costs = {"bytes": file.stat().st_size, "effect_lost": effect_lost(editor.base, whole, small)}

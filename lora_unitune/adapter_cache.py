@@ -43,8 +43,9 @@ class AdapterCache:
         key = (str(place.resolve()), tokens, state.st_mtime_ns, state.st_size)
         adapter = self._kept.pop(key, None) or open_adapter(place, tokens)
         self._kept[key] = adapter
-        while self._kept and self.size > self.budget:
-            self._kept.popitem(last=False)
+        size = self.size
+        while size > self.budget:
+            size -= _bytes(self._kept.popitem(last=False)[1])
         return adapter
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_unitune.errors import AdapterFileError
 from lora_unitune.families import PARTS, one_line
@@ -44,16 +45,24 @@ def check_is_safetensors(path: Path) -> None:
     raise AdapterFileError(f"{path} isn't a complete adapter file; {AGAIN}")
 
 
-def lora_settings(lora: LoraSettings, part: str) -> tuple[int, tuple[str, ...]]:
-    """Returns the rank and the targets of a part's adapters."""
-    return getattr(lora, f"{part}_rank"), getattr(lora, f"{part}_targets")
+class PartSettings(NamedTuple):
+    """The settings of one part's adapters."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def lora_settings(lora: LoraSettings, part: str) -> PartSettings:
+    """Returns the settings of a part's adapters."""
+    return PartSettings(*(getattr(lora, f"{part}_{name}") for name in PartSettings._fields))
 
 
 def is_target(key: str, lora: LoraSettings) -> bool:
     """Says whether settings adapt the layer that a tensor of theirs belongs to."""
     layer = key.rsplit(".", 2)[0]
-    rank, targets = lora_settings(lora, layer.partition(".")[0])
-    return bool(rank) and layer.endswith(tuple(f".{target}" for target in targets))
+    part = lora_settings(lora, layer.partition(".")[0])
+    return bool(part.rank) and layer.endswith(tuple(f".{target}" for target in part.targets))
 
 
 def check_lora_tensors(
@@ -70,7 +79,7 @@ def check_lora_tensors(
         match = LORA_KEY.fullmatch(key)
         if not match or match["part"] not in PARTS[family] or not is_target(key, lora):
             raise AdapterFileError(f"{path}: tensor {shown(key)} doesn't belong in it; {AGAIN}")
-        rank, _ = lora_settings(lora, match["part"])
+        rank = lora_settings(lora, match["part"]).rank
         other = "B" if match["side"] == "A" else "A"
         partner = f"{match['part']}.{match['module']}.lora_{other}.weight"
         if partner not in shapes:
@@ -80,7 +89,7 @@ def check_lora_tensors(
         if not is_matrix or shape[inner] > rank or shape[inner] != shapes[partner][1 - inner]:
             raise AdapterFileError(f"{path}: tensor {shown(key)} has shape {shape}, not rank {rank}; {AGAIN}")
     for part in PARTS[family]:
-        rank, _ = lora_settings(lora, part)
+        rank = lora_settings(lora, part).rank
         ranks = {key: shape[0] for key, shape in shapes.items() if _is_of(part, key) and ".lora_A." in key}
         if rank and not ranks:
             raise AdapterFileError(f"{path}: the tensors of its {part} are missing; {AGAIN}")
@@ -99,7 +108,7 @@ def check_full_tensors(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]], lora: LoraSettings, family: str
 ) -> None:
     """Checks that the tensors are of the parts that were trained; an Editor checks each against its base."""
-    parts = [part for part in PARTS[family] if lora_settings(lora, part)[0]]
+    parts = [part for part in PARTS[family] if lora_settings(lora, part).rank]
     for key in shapes:
         if key.partition(".")[0] not in parts or LORA_KEY.fullmatch(key):
             raise AdapterFileError(f"{path}: tensor {shown(key)} doesn't belong in it; {AGAIN}")

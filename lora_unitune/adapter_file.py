@@ -137,7 +137,7 @@ class Adapter:
             raise SettingError("an adapter of method 'full' has no kohya layout; fit the photo with 'lora'")
         photo = tensors.pop(PHOTO_KEY, None)
         lora = self.recipe.lora
-        ranks = {part: lora_settings(lora, part)[0] for part in self.parts}
+        ranks = {part: lora_settings(lora, part).rank for part in self.parts}
         filled, lower = kohya.filled_up(tensors, ranks)
         renamed = kohya.to_kohya(filled, {part: self.scale_of(part) for part in self.parts}, self.family)
         version, _ = self._known_base or _BASES[768]
@@ -153,8 +153,8 @@ class Adapter:
 
     def scale_of(self, part: str) -> float:
         """Returns alpha / rank, what the product of a layer's two matrices is multiplied by."""
-        rank = lora_settings(self.recipe.lora, part)[0]
-        return float(getattr(self.recipe.lora, f"{part}_alpha") / rank) if rank else 0.0
+        settings = lora_settings(self.recipe.lora, part)
+        return float(settings.alpha / settings.rank) if settings.rank else 0.0
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -231,8 +231,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "path": str(path),
         **{key: value for key, value in content.values.items() if key != "recipe"},
         "method": recipe.fit.method,
-        "ranks": {part: rank for part, (rank, _) in settings.items()},
-        "targets": {part: list(targets) for part, (rank, targets) in settings.items() if rank},
+        "ranks": {part: each.rank for part, each in settings.items()},
+        "targets": {part: list(each.targets) for part, each in settings.items() if each.rank},
         "steps": recipe.fit.steps,
         "photo_embedded": embedded,
         "tensors": len(weights),
@@ -293,7 +293,7 @@ def _diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
 
     metadata: dict[str, Any] = {}
     for part in adapter.parts:
-        rank, _ = lora_settings(adapter.recipe.lora, part)
+        rank = lora_settings(adapter.recipe.lora, part).rank
         if not rank:
             continue
         config = lora_config(part, adapter.recipe.lora).to_dict()

@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_unitune.adapter_checks import is_target
+from lora_unitune.adapter_checks import is_target, lora_settings
 from lora_unitune.eight_bit import rank_axis
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
@@ -31,11 +31,11 @@ def lora_config(part: str, lora: LoraSettings) -> LoraConfig:
         part: "unet" or "text_encoder".
         lora: its `<part>_rank`, `<part>_alpha` and `<part>_targets` are used.
     """
-    alpha = getattr(lora, f"{part}_alpha")
+    rank, alpha, targets = lora_settings(lora, part)
     return LoraConfig(
-        r=getattr(lora, f"{part}_rank"),
+        r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=list(getattr(lora, f"{part}_targets")),
+        target_modules=list(targets),
         init_lora_weights=True,
     )
 
@@ -48,14 +48,14 @@ def patterns(tensors: Mapping[str, Tensor], lora: LoraSettings, part: str) -> di
         lora: its settings.
         part: "unet" or "text_encoder".
     """
-    rank, end = getattr(lora, f"{part}_rank"), ".lora_A.weight"
-    ranks = {
+    settings, end = lora_settings(lora, part), ".lora_A.weight"
+    ranks: dict[str, float] = {
         key.removeprefix(f"{part}.").removesuffix(end): tensor.shape[0]
         for key, tensor in tensors.items()
         if key.startswith(f"{part}.") and key.endswith(end)
     }
-    lower = {module: each for module, each in ranks.items() if each != rank}
-    scale = getattr(lora, f"{part}_alpha") / rank
+    lower = {module: each for module, each in ranks.items() if each != settings.rank}
+    scale = settings.alpha / settings.rank
     return {"rank_pattern": lower, "alpha_pattern": {module: each * scale for module, each in lower.items()}}
 
 
@@ -74,9 +74,9 @@ def attach(base: Base, lora: LoraSettings, generator: torch.Generator | None = N
         RecipeError: a target isn't a linear or convolution layer of its part.
     """
     detach(base)
-    configs = {part: lora_config(part, lora) for part in base.parts if getattr(lora, f"{part}_rank") > 0}
+    configs = {part: lora_config(part, lora) for part in base.parts if lora_settings(lora, part).rank}
     for part in configs:
-        _check_targets(part, base.parts[part], getattr(lora, f"{part}_targets"))
+        _check_targets(part, base.parts[part], lora_settings(lora, part).targets)
     for part, config in configs.items():
         module = base.parts[part]
         with torch.random.fork_rng(devices=[]):  # PEFT's own draws leave the caller's random state alone
@@ -158,11 +158,11 @@ def load_in_place(
 
 def has_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> bool:
     """Says whether adapters attached with the settings `room` can hold one with the settings `lora`."""
+    pairs = [(lora_settings(lora, part), lora_settings(room, part)) for part in parts]
     return all(
-        getattr(lora, f"{part}_rank") <= getattr(room, f"{part}_rank")
-        and set(getattr(lora, f"{part}_targets")) <= set(getattr(room, f"{part}_targets"))
-        for part in parts
-        if getattr(lora, f"{part}_rank")
+        ours.rank <= theirs.rank and set(ours.targets) <= set(theirs.targets)
+        for ours, theirs in pairs
+        if ours.rank
     )
 
 
@@ -170,10 +170,10 @@ def with_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> L
     """Returns settings that have room for both: the larger ranks, and all targets."""
     changes: dict[str, Any] = {}
     for part in parts:
-        used = [each for each in (room, lora) if getattr(each, f"{part}_rank")]
+        used = [each for each in (lora_settings(room, part), lora_settings(lora, part)) if each.rank]
         if used:
-            targets = dict.fromkeys(name for each in used for name in getattr(each, f"{part}_targets"))
-            changes[f"{part}_rank"] = max(getattr(each, f"{part}_rank") for each in used)
+            targets = dict.fromkeys(name for each in used for name in each.targets)
+            changes[f"{part}_rank"] = max(each.rank for each in used)
             changes[f"{part}_targets"] = tuple(targets)
     return replace(room, **changes)
 
@@ -196,6 +196,23 @@ def adapters_disabled(base: Base) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+@contextlib.contextmanager
+def adapters_for_last(base: Base, count: int) -> Iterator[None]:
+    """Inside the `with` block, of a batch twice as large, only the last `count` rows get the adapters."""
+    names = ["__base__"] * count + [ADAPTER_NAME] * count
+
+    def choose(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return given, {**named, "adapter_names": names}
+
+    layers: list[Any] = [layer for module in base.parts.values() for _, layer in _layers(module)]
+    hooks = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def detach(base: Base) -> None:

@@ -134,6 +134,7 @@ def fit_command(
 
     check_output(output, overwrite)
     chosen = [*overrides, *([f"fit.method={method}"] if method else [])]
+    told: list[str] = []
     with progress() as tell:
         tell("loading the base", 0, 1)
         from lora_unitune import fit
@@ -151,12 +152,13 @@ def fit_command(
             embed_photo=not no_embed_photo,
             start=open_adapter(start) if start else None,
             on_step=lambda step, steps, loss: tell(f"fitting, loss {loss:.4f}", step, steps),
+            on_note=told.append,
         )
     adapter.save(output, overwrite=overwrite)
     described = describe(output)
-    notes = load_photo(photo, adapter.resolution).notes
+    notes = [*load_photo(photo, adapter.resolution).notes, *told]
     if as_json:
-        click.echo(json.dumps({**described, "notes": list(notes)}))
+        click.echo(json.dumps({**described, "notes": notes}))
         return
     print_notes(notes)
     written, tokens = size(described["bytes"]), adapter.rare_tokens

@@ -37,8 +37,18 @@ class Compressed:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """One layer's change, taken apart: B A = left diag(values) right."""
+class Layer:
+    """One layer's change, taken apart: B A = left diag(values) right.
+
+    Attributes:
+        part: "unet" or a text encoder.
+        module: its path in the part.
+        left: (out, ranks).
+        values: singular values times alpha / rank, (ranks,), the largest first.
+        right: (ranks, in).
+        shapes: of A and B.
+        worths: of each rank, (ranks,): its squared effect on the predictions, or its squared value.
+    """
 
     part: str
     module: str
@@ -46,11 +56,36 @@ class _Layer:
     values: Tensor
     right: Tensor
     shapes: tuple[torch.Size, torch.Size]
+    worths: Tensor
 
     @property
     def numbers(self) -> int:
         """How many numbers a rank takes."""
         return len(self.left) + self.right.shape[1]
+
+
+def take_apart(adapter: Adapter, base: Base | None = None) -> list[Layer]:
+    """Returns every layer's change by its singular values, and what each of them is worth.
+
+    A rank's worth is its squared effect on the base's predictions of the photo; without a base, its squared
+    singular value.
+
+    Args:
+        adapter: of method "lora".
+        base: that the adapter was made for; left as it was.
+
+    Raises:
+        SettingError: the method is "full".
+        AdapterFileError: the adapter doesn't suit the base.
+    """
+    if adapter.recipe.fit.method != "lora":
+        raise SettingError("only adapters of method 'lora' can be compressed; fit the photo with 'lora'")
+    layers = _by_singular_values(adapter)
+    if base is None:
+        return layers
+    everything = [list(range(len(layer.values))) for layer in layers]
+    effects = _effects(base, _put_together(adapter, layers, everything), layers)
+    return [replace(layer, worths=worths) for layer, worths in zip(layers, effects, strict=True)]
 
 
 def compress(
@@ -59,18 +94,17 @@ def compress(
     to_bytes: int | None = None,
     base: Base | None = None,
     eight_bit: bool = False,
+    layers: list[Layer] | None = None,
 ) -> Compressed:
     """Cuts ranks that add little.
-
-    A rank's worth is its squared effect on the base's predictions of the photo; without a base, its squared
-    singular value.
 
     Args:
         adapter: of method "lora".
         keep: share of the worth of all ranks to keep at least, above 0 to 1.
         to_bytes: size that the file's tensors may have at most; its header comes on top.
-        base: that the adapter was made for; left as it was.
+        base: that the adapter was made for; without it, ranks are weighed by their own size.
         eight_bit: round to what 8 bits hold; save the result with dtype=torch.int8.
+        layers: what `take_apart` returned, to cut one adapter to several sizes.
 
     Returns:
         The adapter with lower ranks, and what was lost.
@@ -85,20 +119,14 @@ def compress(
         raise SettingError("give one limit: --keep SHARE or --to-bytes N")
     if keep is not None and not 0 < keep <= 1:
         raise SettingError(f"keep = {keep:g} isn't allowed; give a share above 0 and up to 1, such as 0.99")
-    if adapter.recipe.fit.method != "lora":
-        raise SettingError("only adapters of method 'lora' can be compressed; fit the photo with 'lora'")
-    layers = _taken_apart(adapter)
-    worths = [layer.values.square() for layer in layers]
-    everything = [list(range(len(layer.values))) for layer in layers]
-    if base is not None:
-        worths = _effects(base, _put_together(adapter, layers, everything), layers)
+    layers = take_apart(adapter, base) if layers is None else layers
     sizes = [layer.numbers + 4 if eight_bit else 2 * layer.numbers for layer in layers]  # bytes of a rank
     order = sorted(
         ((worth.item() / sizes[number], number, rank)
-         for number, of_ranks in enumerate(worths) for rank, worth in enumerate(of_ranks)),
+         for number, layer in enumerate(layers) for rank, worth in enumerate(layer.worths)),
         reverse=True,
     )  # fmt: skip
-    total = sum(worth.sum().item() for worth in worths)
+    total = sum(layer.worths.sum().item() for layer in layers)
     room = None if to_bytes is None else to_bytes - 2 * _photo_numbers(adapter)
     chosen: list[list[int]] = [[] for _ in layers]
     kept, used = 0.0, 0
@@ -118,7 +146,7 @@ def compress(
     return Compressed(small, kept / total if total else 1.0, (count, sum(map(len, chosen))))
 
 
-def _effects(base: Base, adapter: Adapter, layers: list[_Layer]) -> list[Tensor]:
+def _effects(base: Base, adapter: Adapter, layers: list[Layer]) -> list[Tensor]:
     """Returns each rank's squared effect on the base's predictions of the photo, to first order.
 
     Scaling a rank of A by a gate changes the prediction along J, its derivative at 1. Of a random direction p
@@ -191,7 +219,7 @@ def _photo_numbers(adapter: Adapter) -> int:
     return 0 if adapter.photo_latents is None else adapter.photo_latents.numel()
 
 
-def _taken_apart(adapter: Adapter) -> list[_Layer]:
+def _by_singular_values(adapter: Adapter) -> list[Layer]:
     """Returns every layer's change by its singular values, the largest first, without the zeros."""
     layers = []
     for key in sorted(key for key in adapter.tensors if key.endswith(".lora_A.weight")):
@@ -206,19 +234,20 @@ def _taken_apart(adapter: Adapter) -> list[_Layer]:
         scaled = values * adapter.scale_of(part)
         found = int((scaled > 1e-9 * scaled.max().clamp(min=1e-30)).sum())
         layers.append(
-            _Layer(
+            Layer(
                 part,
                 module,
                 (outer @ left)[:, :found],
                 scaled[:found],
                 (right @ inner.T)[:rank][:found],
                 shapes,
+                worths=scaled[:found].square(),
             )
         )
     return layers
 
 
-def _put_together(adapter: Adapter, layers: list[_Layer], ranks: list[list[int]]) -> Adapter:
+def _put_together(adapter: Adapter, layers: list[Layer], ranks: list[list[int]]) -> Adapter:
     """Returns an adapter of the ranks that are kept of each layer, with alpha = rank throughout."""
     tensors: dict[str, Tensor] = {}
     modules: dict[str, dict[str, int]] = {part: {} for part in adapter.parts}

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from lora_unitune.eight_bit import rank_axis
+
 PREFIXES = {
     "sd": {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"},
     "sdxl": {
@@ -150,8 +152,7 @@ def filled_up(
     """
     filled, lower = dict[str, Tensor](), dict[str, int]()
     for key, tensor in tensors.items():
-        layer, side, _ = key.rsplit(".", 2)
-        inner, rank = ("lora_A", "lora_B").index(side), ranks[key.partition(".")[0]]
+        layer, inner, rank = key.rsplit(".", 2)[0], rank_axis(key), ranks[key.partition(".")[0]]
         room = list(tensor.shape)
         room[inner] = rank
         filled[key] = tensor.new_zeros(room)

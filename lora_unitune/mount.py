@@ -43,8 +43,7 @@ class Mount:
         elif adapter.recipe.fit.method == "full":
             self._use_full(adapter, scale)
         else:
-            self._use_lora(adapter)
-            adapters.set_scale(self.base, {part: scale * adapter.scale_of(part) for part in self.base.parts})
+            self._use_lora(adapter, scale)
 
     def release(self) -> None:
         """Gives the base back as it was before the first adapter, to the bit."""
@@ -56,9 +55,9 @@ class Mount:
         self._originals, self._slots = {}, {}
         self._loaded, self._room, self._scale = None, None, 1.0
 
-    def _use_lora(self, adapter: Adapter) -> None:
+    def _use_lora(self, adapter: Adapter, scale: float) -> None:
         """Copies an adapter into the slots; where it doesn't fit, new ones are made that hold the old too."""
-        if adapter is self._loaded and self._room:
+        if adapter is self._loaded and scale == self._scale and self._room:
             return
         room, lora, parts = self._room, adapter.recipe.lora, self.base.parts
         self._loaded = None
@@ -71,7 +70,8 @@ class Mount:
             adapters.load_in_place(self._slots, adapter.tensors, lora)
         except RecipeError as error:
             raise AdapterFileError(f"the adapter's recipe doesn't suit the base: {error}") from error
-        self._loaded = adapter
+        adapters.set_scale(self.base, {part: scale * adapter.scale_of(part) for part in parts})
+        self._loaded, self._scale = adapter, scale
 
     def _use_full(self, adapter: Adapter, scale: float) -> None:
         if adapter is self._loaded and scale == self._scale:

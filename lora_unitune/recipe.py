@@ -142,6 +142,9 @@ class EditSettings(_Checked):
     Attributes:
         steps: Sampling steps of a full run, from pure noise.
         guidance: Classifier-free guidance weight w (arXiv 2207.12598); 1 switches guidance off.
+        guidance_start: Share of a full run's denoising, the noisiest part, that goes without guidance
+            (arXiv 2404.07724).
+        guidance_stop: Share of it after which guidance ends.
         guidance_rescale: phi of arXiv 2305.08891, section 3.4; 0 switches it off.
         strength: How much noise the photo gets before sampling starts (t0 of SDEdit, arXiv 2108.01073); 1 is
             pure noise.
@@ -151,6 +154,8 @@ class EditSettings(_Checked):
 
     steps: int = field(default=25, metadata=_between(1, 1000))
     guidance: float = field(default=5.0, metadata=_between(1, 100))
+    guidance_start: float = field(default=0.0, metadata=_between(0, 1))
+    guidance_stop: float = field(default=1.0, metadata=_between(0, 1))
     guidance_rescale: float = field(default=0.7, metadata=_between(0, 1))
     strength: float = field(default=0.95, metadata=_above(0, 1))
     adapter_scale: float = field(default=1.0, metadata=_between(0, 4))

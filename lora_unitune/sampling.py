@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lora_unitune.adapters import adapters_disabled
+from lora_unitune.adapters import adapters_for_last
 from lora_unitune.families import Base
 from lora_unitune.guidance import classifier_free_guidance, rescale_guidance
 from lora_unitune.recipe import EditSettings
@@ -74,14 +75,12 @@ def _guided_prediction(
     settings: EditSettings,
 ) -> Tensor:
     """Returns the prediction (b, c, h, w) for one step, with guidance where its weight isn't 1."""
-    timesteps = timestep.expand(len(latents))
-    if settings.guidance == 1:
+    count, timesteps = len(latents), timestep.expand(len(latents))
+    share = 1 - (float(timestep) + 1) / len(base.alphas_cumprod)
+    if settings.guidance == 1 or not settings.guidance_start <= share < settings.guidance_stop:
         return base.predict(latents, timesteps, conditional)
-    if settings.unconditional == "base":
-        with adapters_disabled(base):
-            without = base.predict(latents, timesteps, unconditional)
-        prompted = base.predict(latents, timesteps, conditional)
-    else:
+    is_base = settings.unconditional == "base"
+    with adapters_for_last(base, count) if is_base else contextlib.nullcontext():
         both = torch.cat([unconditional, conditional])
         without, prompted = base.predict(torch.cat([latents] * 2), timesteps.repeat(2), both).chunk(2)
     guided = classifier_free_guidance(without, prompted, settings.guidance)

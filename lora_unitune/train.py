@@ -21,6 +21,7 @@ from lora_unitune.adapter_checks import lora_settings
 from lora_unitune.adapter_file import Adapter, check_fits
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base, detect_family, load_base, resolve_device
+from lora_unitune.memory import checkpointing, on_the_cpu, unless_out_of_memory, with_less_memory
 from lora_unitune.objective import add_noise, mean_squared_loss, stratified_timesteps, training_target
 from lora_unitune.optimizers import make_optimizer
 from lora_unitune.photo import load_photo
@@ -29,6 +30,9 @@ from lora_unitune.recipe import FitSettings, LoraSettings, Recipe, default_recip
 
 OnStep = Callable[[int, int, float], None]
 """Called after each optimizer step with the step (from 1), the number of steps, and the step's loss."""
+
+OnNote = Callable[[str], None]
+"""Called with a sentence that a person may want to know."""
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,6 +56,7 @@ def fit(
     embed_photo: bool = True,
     start: Adapter | None = None,
     on_step: OnStep | None = None,
+    on_note: OnNote | None = None,
 ) -> Adapter:
     """Fits a photo: teaches a base to draw it for a few rare tokens.
 
@@ -66,6 +71,7 @@ def fit(
         start: an adapter to go on from, instead of one that changes nothing; its ranks, alphas, targets and
             rare tokens are used.
         on_step: called after each step.
+        on_note: called when memory runs out and the fit goes on with less.
 
     Returns:
         The adapter, in memory; `Adapter.save` writes it.
@@ -86,7 +92,7 @@ def fit(
     with _adapted(loaded, settings, generator):
         if start is not None:
             adapters.load_in_place(adapters.slots(loaded), start.tensors, settings.lora)
-        history = train(prepared, loaded, settings, generator, on_step)
+        history = train(prepared, loaded, settings, generator, on_step, on_note)
         tensors = _full_tensors(loaded) if settings.fit.method == "full" else adapters.collect(loaded)
     return Adapter(
         tensors={key: _as_saved(tensor) for key, tensor in tensors.items()},
@@ -104,11 +110,18 @@ def fit(
 
 
 def train(
-    prepared: Prepared, base: Base, recipe: Recipe, generator: torch.Generator, on_step: OnStep | None = None
+    prepared: Prepared,
+    base: Base,
+    recipe: Recipe,
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+    on_note: OnNote | None = None,
 ) -> History:
     """Trains whatever requires gradients in the base on pairs (noised photo, rare tokens).
 
     A step draws everything for its whole batch at once, so gradient accumulation changes nothing but memory.
+    Where memory runs out, the step is done again with less of it: activations are recomputed, then fewer
+    noised copies go through at a time.
 
     Args:
         prepared: the photo's latent moments and the prompt.
@@ -116,9 +129,11 @@ def train(
         recipe: `fit` is used.
         generator: on the CPU; draws the posterior samples, the noise and the timesteps.
         on_step: called after each step.
+        on_note: called when memory runs out and the fit goes on with less.
 
     Raises:
-        SettingError: the loss is no longer finite, or the device can't do the precision asked for.
+        SettingError: the loss is no longer finite, the device can't do the precision asked for, or its memory
+            doesn't suffice for one noised copy.
     """
     settings = recipe.fit
     parameters = adapters.trainable_parameters(base)
@@ -133,27 +148,46 @@ def train(
     optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
     trained = [parameter for group in groups for parameter in group["params"]]
-    embed = _prompt_encoder(prepared, base, accelerator, trained=parameters.keys() > {"unet"})
+    learns_words = parameters.keys() > {"unet"}
+    embed = _prompt_encoder(prepared, base, accelerator, trained=learns_words)
+    idle = [base.vae, *(part for name, part in base.parts.items() if name != "unet" and not learns_words)]
+
+    def take_step() -> float:
+        loss = 0.0
+        for latents, noise, timesteps in _micro_batches(prepared, base, settings, generator):
+            with accelerator.accumulate(*base.parts.values()):
+                with accelerator.autocast():
+                    error = _error(base, latents, noise, timesteps, embed())
+                accelerator.backward(error)
+                if accelerator.sync_gradients and settings.max_gradient_norm > 0:
+                    accelerator.clip_grad_norm_(trained, settings.max_gradient_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                loss += error.item() / settings.gradient_accumulation
+        return loss
+
     losses: list[float] = []
     started = time.perf_counter()
-    with _checkpointing(base, settings.gradient_checkpointing):
-        for step in range(settings.steps):
-            _set_rates(optimizer, groups, step, settings)
-            loss = 0.0
-            for latents, noise, timesteps in _micro_batches(prepared, base, settings, generator):
-                with accelerator.accumulate(*base.parts.values()):
-                    with accelerator.autocast():
-                        error = _error(base, latents, noise, timesteps, embed())
-                    accelerator.backward(error)
-                    if accelerator.sync_gradients and settings.max_gradient_norm > 0:
-                        accelerator.clip_grad_norm_(trained, settings.max_gradient_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    loss += error.item() / settings.gradient_accumulation
-            _check_loss(loss, step, settings)
+    with on_the_cpu(idle, base.device), checkpointing(base, settings.gradient_checkpointing) as recompute:
+        while len(losses) < settings.steps:
+            _set_rates(optimizer, groups, len(losses), settings)
+            before = generator.get_state()
+            loss = unless_out_of_memory(take_step)
+            if loss is None:
+                settings, note = with_less_memory(settings, len(losses))
+                recompute(settings.gradient_checkpointing)
+                for parameter in trained:
+                    parameter.grad = None
+                generator.set_state(before)
+                accelerator.step, accelerator.gradient_accumulation_steps = 0, settings.gradient_accumulation
+                torch.cuda.empty_cache()
+                if on_note is not None:
+                    on_note(note)
+                continue
+            _check_loss(loss, len(losses), settings)
             losses.append(loss)
             if on_step is not None:
-                on_step(step + 1, settings.steps, loss)
+                on_step(len(losses), settings.steps, loss)
     return History(tuple(losses), time.perf_counter() - started)
 
 
@@ -250,19 +284,6 @@ def _accelerator(settings: FitSettings, device: torch.device) -> Accelerator:
 
 
 @contextlib.contextmanager
-def _checkpointing(base: Base, wanted: bool) -> Iterator[None]:
-    """Recomputes activations in the backward pass instead of keeping them (arXiv 1604.06174), if wanted."""
-    unet: Any = base.parts["unet"]
-    if wanted:
-        unet.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if wanted:
-            unet.disable_gradient_checkpointing()
-
-
-@contextlib.contextmanager
 def _adapted(base: Base, recipe: Recipe, generator: torch.Generator) -> Iterator[None]:
     """Makes the base trainable as the recipe says, and restores it to the bit, whatever happens."""
     adapters.detach(base)
@@ -286,7 +307,7 @@ def _full_weights(base: Base, lora: LoraSettings) -> Iterator[None]:
     """
     if base.dtype != torch.float32:
         raise SettingError("fit.method = 'full' needs a base in float32; load it with dtype=torch.float32")
-    parts = [module for part, module in base.parts.items() if lora_settings(lora, part)[0]]
+    parts = [module for part, module in base.parts.items() if lora_settings(lora, part).rank]
     weights = [weight for part in parts for weight in part.parameters()]
     originals = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
     try:

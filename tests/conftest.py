@@ -274,6 +274,18 @@ def base21(shared_base21: Base) -> Iterator[Base]:
 
 
 @pytest.fixture(scope="session")
+def shared_basepocket() -> Base:
+    """The base that ships, loaded once; use `basepocket`, which checks that a test leaves it unchanged."""
+    return load_base("pocket", device="cpu")
+
+
+@pytest.fixture
+def basepocket(shared_basepocket: Base) -> Iterator[Base]:
+    """The base that ships, on the CPU; the test fails when it changes the base's weights."""
+    yield from _lend(shared_basepocket)
+
+
+@pytest.fixture(scope="session")
 def photo_image() -> Image.Image:
     """A 48 x 40 RGB picture with structure: two gradients and a bright square."""
     image = Image.new("RGB", (48, 40))

@@ -183,6 +183,23 @@ def test_disabled_adapters_are_the_base_even_after_an_error(base: Base) -> None:
     assert sum(map(len, adapters.trainable_parameters(base).values())) == trainable
 
 
+def test_one_batch_holds_rows_with_and_without_the_adapter(base15: Base) -> None:
+    attach_random(base15, LoraSettings(unet_targets=("to_q", "to_v", "conv1", "time_emb_proj")))
+    embeddings = base15.embed(base15.tokenize("a red fox")[0])
+    latents = torch.randn(1, 4, 16, 16, generator=seeded(9))
+    timesteps = torch.tensor([500])
+    adapted = base15.predict(latents, timesteps, embeddings)
+    with adapters.adapters_disabled(base15):
+        plain = base15.predict(latents, timesteps, embeddings)
+    with torch.no_grad(), adapters.adapters_for_last(base15, 1):
+        first, last = base15.predict(
+            torch.cat([latents] * 2), timesteps.repeat(2), torch.cat([embeddings] * 2)
+        ).split(1)
+    torch.testing.assert_close(first, plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(last, adapted, atol=1e-5, rtol=1e-4)
+    assert torch.equal(base15.predict(latents, timesteps, embeddings), adapted)
+
+
 def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(base15: Base) -> None:
     adapters.attach(base15, LoraSettings(), seeded())
     before = adapters.collect(base15)

@@ -253,6 +253,20 @@ def test_the_base_can_predict_the_empty_prompt(editor: Editor, adapter: Adapter)
     )
 
 
+def test_guidance_acts_on_its_interval_only(editor: Editor, adapter: Adapter) -> None:
+    settings = replace(EDIT, strength=1.0)
+
+    def drawn(**changes: float) -> torch.Tensor:
+        return editor.pixels(adapter, ["zqrt a fox"], "", None, [0], replace(settings, **changes))
+
+    guided, plain = drawn(), drawn(guidance=1.0)
+    assert torch.equal(drawn(guidance_start=1.0), plain)
+    assert torch.equal(drawn(guidance_stop=0.0), plain)
+    for interval in ({"guidance_start": 0.5}, {"guidance_stop": 0.5}):
+        partly = drawn(**interval)
+        assert not torch.equal(partly, plain) and not torch.equal(partly, guided)
+
+
 def test_many_edits_equal_single_ones_with_consecutive_seeds(editor: Editor, adapter: Adapter) -> None:
     many = editor.edit_many(adapter, "a fox", 3, seed=7, guidance=3.0)
     for index, edit in enumerate(many):

@@ -33,7 +33,7 @@ STOREYS = (
         "pocket",
     }
     | {"rare_tokens"},
-    {"compress", "edit", "mount", "prepare", "sampling", "train"},
+    {"compress", "edit", "memory", "mount", "prepare", "sampling", "train"},
     {"demo", "doctor", "score"},
     {"cli", "cli_files", "terminal"},
 )

@@ -16,7 +16,7 @@ from lora_unitune.families import Base
 from lora_unitune.photo import load_photo
 from lora_unitune.prepare import Prepared, prepare
 from lora_unitune.recipe import Recipe
-from lora_unitune.train import _adapted, _full_tensors, fit, train
+from lora_unitune.train import OnNote, _adapted, _full_tensors, fit, train
 
 QUICK = ("fit.steps=3", "fit.batch_size=2", "fit.unet_learning_rate=1e-3")
 
@@ -25,11 +25,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def trained(base: Base, prepared: Prepared, overrides: Sequence[str]) -> dict[str, torch.Tensor]:
+def trained(
+    base: Base, prepared: Prepared, overrides: Sequence[str], on_note: OnNote | None = None
+) -> dict[str, torch.Tensor]:
     """Trains as `fit` does, and returns the tensors before they are rounded to a file's precision."""
     recipe = Recipe().override(list(overrides))
     with _adapted(base, recipe, seeded()):
-        train(prepared, base, recipe, seeded(1))
+        train(prepared, base, recipe, seeded(1), on_note=on_note)
         return _full_tensors(base) if recipe.fit.method == "full" else adapters.collect(base)
 
 
@@ -164,6 +166,32 @@ def test_checkpointing_changes_nothing_and_is_switched_off(base15: Base, prepare
     saving = trained(base15, prepared, [*QUICK, "fit.gradient_checkpointing=true"])
     assert distance(plain, saving) < 1e-6
     assert not base15.parts["unet"].is_gradient_checkpointing
+
+
+def test_a_fit_that_runs_out_of_memory_goes_on_with_less_to_the_same_end(
+    base15: Base, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other programs take the memory away after two steps; a copy needs a third of it if recomputed."""
+    overrides = ("fit.steps=3", "fit.optimizer=sgd", "fit.unet_learning_rate=0.1", "fit.batch_size=4")
+    whole, predict, unet = trained(base15, prepared, overrides), base15.predict, base15.parts["unet"]
+    notes, sizes, room = list[str](), list[int](), [12, 12, 2]
+
+    def on_a_small_card(latents: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if len(latents) * (1 if unet.is_gradient_checkpointing else 3) > room[min(len(sizes), 2)]:
+            raise torch.OutOfMemoryError("the card is full")
+        sizes.append(len(latents))
+        return predict(latents, *others)
+
+    monkeypatch.setattr(base15, "predict", on_a_small_card)
+    assert distance(trained(base15, prepared, overrides, notes.append), whole) < 1e-6
+    assert sizes == [4, 4, 2, 2]
+    assert len(notes) == 2 and "step 3" in notes[0] and "recomputed" in notes[0]
+    assert "2 noised copies at a time, 2 times" in notes[1]
+    assert not unet.is_gradient_checkpointing
+    room[2] = 0
+    with pytest.raises(SettingError, match="memory ran out at step 1 with one noised copy"):
+        trained(base15, prepared, overrides)
+    assert not unet.is_gradient_checkpointing
 
 
 def test_warm_up_starts_slowly(base15: Base, prepared: Prepared) -> None:

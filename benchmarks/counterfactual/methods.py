@@ -20,8 +20,9 @@ from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusi
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from lora_unitune import Editor, fit
+from lora_unitune import Adapter, Editor, fit
 from lora_unitune.guidance import classifier_free_guidance, rescale_guidance
+from lora_unitune.mount import Mount
 from lora_unitune.objective import add_noise, stratified_timesteps, training_target
 from lora_unitune.photo import load_photo, photo_to_tensor
 from lora_unitune.pocket.world import render
@@ -96,7 +97,46 @@ class UniTune:
         settings = dataclasses.replace(fitted.recipe.edit, steps=STEPS, **chosen)
         texts = [f"{fitted.rare_tokens} {pair.prompt}" for pair in pairs]
         start = fitted.photo_latents if settings.strength < 1 else None
+        if fitted.recipe.fit.method == "full" and settings.unconditional == "base":
+            return to_bytes(guided_by_plain_weights(editor, fitted, texts, start, seeds, settings))
         return to_bytes(editor.pixels(fitted, texts, "", start, seeds, settings))
+
+
+class WithPlain:
+    """A tuned base, beside a plain one that predicts the empty prompt's half of a guided batch."""
+
+    def __init__(self, tuned: Any, plain: Any, count: int) -> None:
+        self.tuned, self.plain, self.count = tuned, plain, count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tuned, name)
+
+    def predict(self, *batch: Tensor) -> Tensor:
+        if len(batch[0]) == self.count:
+            return self.tuned.predict(*batch)
+        halves = zip(*(tensor.chunk(2) for tensor in batch), strict=True)
+        pair = zip((self.plain, self.tuned), halves, strict=True)
+        return torch.cat([base.predict(*half) for base, half in pair])
+
+
+@torch.no_grad()
+def guided_by_plain_weights(
+    editor: Editor, fitted: Adapter, texts: Sequence[str], start: Any, seeds: Sequence[int], settings: Any
+) -> Tensor:
+    """For full fine-tuning what unconditional = "base" is for adapters; it takes a second model in memory."""
+    editor.release()
+    base, mount = editor.base, Mount(editor.base)
+    plain = copy.copy(base)
+    plain.parts = copy.deepcopy(base.parts)
+    empty = embeddings(editor, [""])
+    mount.use(fitted, settings.adapter_scale)
+    try:
+        both = WithPlain(base, plain, len(texts))
+        settings = dataclasses.replace(settings, unconditional="adapter")
+        prompted = embeddings(editor, texts)
+        return base.decode(sample(both, base.latent_shape(), prompted, empty, start, seeds, settings))
+    finally:
+        mount.release()
 
 
 class SDEdit(Unfitted):

@@ -36,7 +36,8 @@ class Base(Protocol):
 
     `name` is what the user asked for, `family` the kind of model, `fingerprint` 16 hexadecimal digits that
     change with the weights, `resolution` the side in pixels the base was trained at, `resolution_step` what a
-    side must be a multiple of. `parts` holds the modules a fit adapts, by the names diffusers gives them.
+    side must be a multiple of. `parts` holds the modules a fit adapts, by the names diffusers gives them,
+    and `vae` the one that only encodes and decodes pictures.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Base(Protocol):
     device: torch.device
     dtype: torch.dtype
     parts: dict[str, nn.Module]
+    vae: nn.Module
     tokenizer: Any
     prediction_type: str
     alphas_cumprod: Tensor

@@ -49,34 +49,34 @@ class StableDiffusionBase:
         self,
         name: str,
         unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
         vae: AutoencoderKL,
         tokenizer: CLIPTokenizer,
         scheduler: Any,
         device: torch.device,
         dtype: torch.dtype,
+        **text_encoders: nn.Module,
     ) -> None:
         """Takes loaded components over: freezes them, fingerprints them, and moves them to the device.
 
         Args:
             name: "pocket", a hub id, or a folder's name without its path.
             unet: the denoiser, float32.
-            text_encoder: the prompt's encoder, float32.
             vae: pixels to latents and back, float32.
             tokenizer: text to token ids.
             scheduler: the sampler the base ships.
             device: where the modules go.
-            dtype: what the UNet and the text encoder are cast to.
+            dtype: what the UNet and the text encoders are cast to.
+            **text_encoders: text_encoder, and text_encoder_2 where there is one, float32.
         """
         self.name = name
         self.device = device
         self.dtype = dtype
         self.tokenizer = tokenizer
-        self.fingerprint = fingerprint(unet, vae, scheduler, text_encoder=text_encoder)
+        self.fingerprint = fingerprint(unet, vae, scheduler, **text_encoders)
         self.vae = vae.eval().requires_grad_(False).to(device)
         self.parts: dict[str, nn.Module] = {
-            "unet": unet.eval().requires_grad_(False).to(device, dtype),
-            "text_encoder": text_encoder.eval().requires_grad_(False).to(device, dtype),
+            part: module.eval().requires_grad_(False).to(device, dtype)
+            for part, module in {"unet": unet, **text_encoders}.items()
         }
         self._scheduler = _sampler_for(scheduler)
         self.prediction_type: str = self._scheduler.config["prediction_type"]

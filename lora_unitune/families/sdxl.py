@@ -12,7 +12,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lora_unitune.families import read_model_index
 from lora_unitune.families.sd import (
     StableDiffusionBase,
-    fingerprint,
     load_components,
     padded_ids,
     public_name,
@@ -52,11 +51,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
             dtype: what the UNet and the text encoders are cast to.
             **components: unet, text_encoder, vae, tokenizer and scheduler.
         """
-        rest = {part: components[part] for part in ("unet", "vae", "scheduler", "text_encoder")}
-        found = fingerprint(**rest, text_encoder_2=text_encoder_2)  # before anything is cast
-        super().__init__(name, **components, device=device, dtype=dtype)
-        self.fingerprint = found
-        self.parts["text_encoder_2"] = text_encoder_2.eval().requires_grad_(False).to(device, dtype)
+        super().__init__(name, **components, text_encoder_2=text_encoder_2, device=device, dtype=dtype)
         self._tokenizer_2 = tokenizer_2
         self._pooled_width: int = text_encoder_2.config.projection_dim
         self._empty = self.tokenize("")[0] if zeros_for_empty else None
