@@ -105,6 +105,7 @@ class FitSettings(_Checked):
         decay_share: Share of the steps, the last ones, over which the learning rate falls linearly to 0.
         precision: Number format of the forward pass; "auto" picks one for the device.
         gradient_checkpointing: Trades time for memory by recomputing activations.
+        quantize: Rounds the frozen base's linear layers to 8 or 4 bits (QLoRA, arXiv 2305.14314).
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -120,6 +121,7 @@ class FitSettings(_Checked):
     decay_share: float = field(default=0.0, metadata=_between(0, 1))
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
+    quantize: Literal["none", "int8", "nf4"] = "none"
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ def fit(
         raise SettingError(f"seed = {seed} isn't allowed; give a whole number from 0 to 2**63 - 1")
     settings = _going_on(_settings(recipe, base, overrides), start)
     loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, str) else base
+    if settings.fit.quantize not in ("none", loaded.quantized):
+        raise SettingError(
+            f"fit.quantize = '{settings.fit.quantize}' is for a base that the fit loads; give its name, or "
+            "load it with load_base(..., quantize=...)"
+        )
     resolution = settings.photo.resolution or loaded.resolution
     loaded.latent_shape(resolution)
     prepared = prepare(load_photo(photo, resolution), settings, loaded)
@@ -353,8 +358,10 @@ def _going_on(recipe: Recipe, start: Adapter | None) -> Recipe:
 
 def _load_for_fit(name: str, settings: FitSettings, device: str) -> Base:
     """Loads a base in the precision its frozen weights need: the fit's own on a GPU, float32 elsewhere."""
+    if settings.method == "full" and settings.quantize != "none":
+        raise SettingError("fit.quantize is for method 'lora': rounded weights can't be trained; use none")
     target = resolve_device(device)
     dtype = _DTYPES[_precision(settings.precision, target)]
     if settings.method == "full" or target.type == "cpu":
         dtype = torch.float32
-    return load_base(name, device, dtype)
+    return load_base(name, device, dtype, settings.quantize)

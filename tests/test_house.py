@@ -31,6 +31,7 @@ STOREYS = (
         "output",
         "photo",
         "pocket",
+        "quantize",
     }
     | {"rare_tokens"},
     {"compress", "edit", "memory", "mount", "prepare", "sampling", "train"},

@@ -16,7 +16,7 @@ from lora_unitune.recipe import (
     default_recipe,
 )
 
-SHIPPED = ["pocket/default", "sd15/12gb", "sd15/6gb", "sd15/8gb", "sdxl/12gb"]
+SHIPPED = ["pocket/default", "sd15/12gb", "sd15/6gb", "sd15/8gb", "sdxl/12gb", "sdxl/8gb"]
 
 
 def test_shipped_recipes_are_found_by_name() -> None:

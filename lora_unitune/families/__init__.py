@@ -36,8 +36,9 @@ class Base(Protocol):
 
     `name` is what the user asked for, `family` the kind of model, `fingerprint` 16 hexadecimal digits that
     change with the weights, `resolution` the side in pixels the base was trained at, `resolution_step` what a
-    side must be a multiple of. `parts` holds the modules a fit adapts, by the names diffusers gives them,
-    and `vae` the one that only encodes and decodes pictures.
+    side must be a multiple of, `quantized` what its linear layers were rounded to, or "none". `parts` holds
+    the modules a fit adapts, by the names diffusers gives them, and `vae` the one that only encodes and
+    decodes pictures.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Base(Protocol):
     resolution_step: int
     device: torch.device
     dtype: torch.dtype
+    quantized: str
     parts: dict[str, nn.Module]
     vae: nn.Module
     tokenizer: Any
@@ -168,23 +170,27 @@ def detect_family(name: str) -> tuple[str, str]:
     return FAMILIES[kind]
 
 
-def load_base(name: str, device: str = "auto", dtype: torch.dtype | None = None) -> Base:
+def load_base(
+    name: str, device: str = "auto", dtype: torch.dtype | None = None, quantize: str = "none"
+) -> Base:
     """Loads a base model, frozen and in eval mode.
 
     Args:
         name: "pocket" (ships with the package), a folder with a model_index.json, or a hub id.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: of the denoiser and the text encoder; None means float16 on CUDA and float32 elsewhere.
+        quantize: "none", or "int8" or "nf4" for linear layers in 8 or 4 bits, which takes bitsandbytes.
 
     Raises:
         BaseModelError: the base is unknown, broken, or of a kind that isn't supported.
         DeviceError: the device isn't there.
+        SettingError: bitsandbytes is needed and can't be imported.
     """
     target = resolve_device(device)
     _, module = detect_family(name)
     if dtype is None:
         dtype = torch.float16 if target.type == "cuda" else torch.float32
-    base: Base = importlib.import_module(module).load(name, locate_base(name), target, dtype)
+    base: Base = importlib.import_module(module).load(name, locate_base(name), target, dtype, quantize)
     return base
 
 

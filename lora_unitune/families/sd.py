@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_unitune.errors import BaseModelError, RecipeError
 from lora_unitune.families import one_line, read_model_index
+from lora_unitune.quantize import place
 
 _UNET_SHAPE = (
     "in_channels",
@@ -54,6 +55,7 @@ class StableDiffusionBase:
         scheduler: Any,
         device: torch.device,
         dtype: torch.dtype,
+        quantize: str = "none",
         **text_encoders: nn.Module,
     ) -> None:
         """Takes loaded components over: freezes them, fingerprints them, and moves them to the device.
@@ -66,16 +68,18 @@ class StableDiffusionBase:
             scheduler: the sampler the base ships.
             device: where the modules go.
             dtype: what the UNet and the text encoders are cast to.
+            quantize: what their linear layers are rounded to, see `quantize.place`.
             **text_encoders: text_encoder, and text_encoder_2 where there is one, float32.
         """
         self.name = name
         self.device = device
         self.dtype = dtype
+        self.quantized = quantize
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint(unet, vae, scheduler, **text_encoders)
         self.vae = vae.eval().requires_grad_(False).to(device)
         self.parts: dict[str, nn.Module] = {
-            part: module.eval().requires_grad_(False).to(device, dtype)
+            part: place(module, device, dtype, quantize)
             for part, module in {"unet": unet, **text_encoders}.items()
         }
         self._scheduler = _sampler_for(scheduler)
@@ -171,7 +175,9 @@ class StableDiffusionBase:
         return type(self._scheduler).from_config(self._scheduler.config)
 
 
-def load(name: str, location: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionBase:
+def load(
+    name: str, location: str, device: torch.device, dtype: torch.dtype, quantize: str
+) -> StableDiffusionBase:
     """Loads a Stable Diffusion base from safetensors only.
 
     Args:
@@ -180,6 +186,7 @@ def load(name: str, location: str, device: torch.device, dtype: torch.dtype) -> 
         device: where to put it.
         dtype: of the UNet and the text encoder; the weights are read in float32 and then cast, so that the
             fingerprint doesn't depend on it.
+        quantize: what their linear layers are rounded to, see `quantize.place`.
 
     Raises:
         BaseModelError: a component is missing or broken, or isn't one of Stable Diffusion's.
@@ -187,7 +194,7 @@ def load(name: str, location: str, device: torch.device, dtype: torch.dtype) -> 
     models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
     loaded = load_components(name, location, models, "Stable Diffusion 1.x and 2.x")
     with quiet():
-        return StableDiffusionBase(public_name(name), **loaded, device=device, dtype=dtype)
+        return StableDiffusionBase(public_name(name), **loaded, device=device, dtype=dtype, quantize=quantize)
 
 
 def load_components(name: str, location: str, models: Mapping[str, type[Any]], kind: str) -> dict[str, Any]:

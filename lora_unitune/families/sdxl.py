@@ -38,6 +38,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
         zeros_for_empty: bool,
         device: torch.device,
         dtype: torch.dtype,
+        quantize: str = "none",
         **components: Any,
     ) -> None:
         """Takes loaded components over, as `StableDiffusionBase` does.
@@ -49,9 +50,12 @@ class StableDiffusionXLBase(StableDiffusionBase):
             zeros_for_empty: whether zeros stand for the empty prompt, as the base's model_index.json says.
             device: where the modules go.
             dtype: what the UNet and the text encoders are cast to.
+            quantize: what their linear layers are rounded to.
             **components: unet, text_encoder, vae, tokenizer and scheduler.
         """
-        super().__init__(name, **components, text_encoder_2=text_encoder_2, device=device, dtype=dtype)
+        super().__init__(
+            name, **components, text_encoder_2=text_encoder_2, device=device, dtype=dtype, quantize=quantize
+        )
         self._tokenizer_2 = tokenizer_2
         self._pooled_width: int = text_encoder_2.config.projection_dim
         self._empty = self.tokenize("")[0] if zeros_for_empty else None
@@ -86,7 +90,9 @@ class StableDiffusionXLBase(StableDiffusionBase):
         return {"encoder_hidden_states": embeddings[:, :-1], "added_cond_kwargs": added}
 
 
-def load(name: str, location: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLBase:
+def load(
+    name: str, location: str, device: torch.device, dtype: torch.dtype, quantize: str
+) -> StableDiffusionXLBase:
     """Loads a Stable Diffusion XL base from safetensors only; see `sd.load`.
 
     Raises:
@@ -102,5 +108,10 @@ def load(name: str, location: str, device: torch.device, dtype: torch.dtype) -> 
     zeros = bool(read_model_index(name).get("force_zeros_for_empty_prompt", True))
     with quiet():
         return StableDiffusionXLBase(
-            public_name(name), **loaded, zeros_for_empty=zeros, device=device, dtype=dtype
+            public_name(name),
+            **loaded,
+            zeros_for_empty=zeros,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
         )
