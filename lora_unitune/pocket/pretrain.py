@@ -285,13 +285,20 @@ def pipeline_of(work: Path, scale: float, kept: dict[str, Any], tokenizer: Any) 
     return assemble({"vae": vae, "tokenizer": tokenizer, **parts})
 
 
-def export(work: Path, folder: Path, count: int) -> None:
-    """Writes the averaged weights as a diffusers pipeline folder."""
+def export(work: Path, folder: Path, count: int, other: Path | None) -> None:
+    """Writes the averaged weights as a diffusers pipeline folder; with others, the UNet half-way to theirs.
+
+    Half-way, weights from one long training can be better than at both ends (arXiv 2203.05482).
+    """
     made_at, tokenizer = commit(), build_tokenizer()
     kept = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
     state = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["average"]["kept"]
     for name, part in kept.items():
         part.load_state_dict(state[name])
+    if other:
+        theirs = UNet2DConditionModel.from_pretrained(other / "unet", **READ).parameters()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(kept["unet"].parameters()), list(theirs), 0.5)
     _, _, scale = encode_scenes(work, "train", count, "cpu")
     save_pipeline(pipeline_of(work, scale, kept, tokenizer), folder)
     copy_logs(work, folder)
@@ -343,9 +350,15 @@ def run_all(
 @click.argument("work", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--scenes", "count", default=40000, show_default=True)
-def run_export(work: Path, folder: Path, count: int) -> None:
+@click.option(
+    "--average-with",
+    "other",
+    type=click.Path(path_type=Path, exists=True),
+    help="Folder of earlier weights: write the UNet half-way between the two.",
+)
+def run_export(work: Path, folder: Path, count: int, other: Path | None) -> None:
     """Writes the newest weights as a diffusers pipeline."""
-    export(work, folder, count)
+    export(work, folder, count, other)
 
 
 if __name__ == "__main__":
