@@ -30,11 +30,11 @@ STOREYS = (
         "optimizers",
         "output",
         "photo",
-        "pocket",
         "quantize",
     }
     | {"rare_tokens"},
     {"compress", "edit", "memory", "mount", "prepare", "sampling", "train"},
+    {"pocket"},
     {"demo", "doctor", "score"},
     {"cli", "cli_files", "terminal"},
 )

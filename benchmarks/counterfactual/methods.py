@@ -32,6 +32,7 @@ from lora_unitune.sampling import sample
 Dials = dict[str, Any]
 RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
 STEPS = 25
+INTERVAL = {"guidance_start": (0.0, 0.2), "guidance_stop": (1.0, 0.8)}
 
 
 class Method(Protocol):
@@ -78,9 +79,11 @@ class UniTune:
     def __post_init__(self) -> None:
         edit = default_recipe("pocket", "sd").edit
         self.grid = {
-            "adapter_scale": (edit.adapter_scale, 0.2, 0.3, 0.5, 0.6, 0.8, 1.0),
-            "guidance": (edit.guidance, 1.5, 2.0, 3.0, 4.0),
-            "strength": (edit.strength, 0.6, 0.7, 0.8, 0.9, 1.0),
+            "adapter_scale": (edit.adapter_scale, 0.2, 0.25, 0.4, 0.5, 0.7, 1.0),
+            "guidance": (edit.guidance, 1.5, 2.0, 4.0, 5.0),
+            "guidance_start": (edit.guidance_start, 0.0),
+            "guidance_stop": (edit.guidance_stop, 1.0),
+            "strength": (edit.strength, 0.8, 0.9, 1.0),
             "unconditional": (edit.unconditional, "adapter"),
         } | self.grid
 
@@ -142,7 +145,7 @@ def guided_by_plain_weights(
 class SDEdit(Unfitted):
     """The noised photo, denoised with the prompt (arXiv 2108.01073)."""
 
-    grid = {"strength": (0.7, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9), "guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
+    grid = {"strength": (0.7, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9), "guidance": (4.0, 2.0, 3.0, 5.0, 7.0)} | INTERVAL
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -156,7 +159,7 @@ class SDEdit(Unfitted):
 class TextToImage(SDEdit):
     """The prompt alone: what the base draws that never saw the photo."""
 
-    grid = {"guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
+    grid = {"guidance": (4.0, 2.0, 3.0, 5.0, 7.0)} | INTERVAL
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials

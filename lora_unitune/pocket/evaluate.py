@@ -14,18 +14,21 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_unitune.families import POCKET_FOLDER
+from lora_unitune.edit import Editor
+from lora_unitune.families import POCKET_FOLDER, Base, load_base
+from lora_unitune.families.sd import StableDiffusionBase
 from lora_unitune.rare_tokens import find_rare_tokens
-from lora_unitune.recipe import default_recipe
+from lora_unitune.recipe import EditSettings, default_recipe
 
 from . import examiner, world
 from .pictures import PHOTOS, renders, round_trip_psnr
@@ -53,46 +56,33 @@ def requests(count: int) -> list[tuple[str, world.Scene]]:
     return found
 
 
-def load(folder: Path) -> Any:
-    """The base as a plain diffusers pipeline in float32."""
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True, safety_checker=None
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], settings: Any) -> np.ndarray:
-    """Pictures of the prompts, (n, 64, 64, 3) uint8, each from the noise of its own seed."""
-    out = []
+def draw(base: Base, prompts: list[str], seeds: list[int], settings: EditSettings) -> np.ndarray:
+    """Pictures of the prompts, (n, 64, 64, 3) uint8, each from noise alone, of its own seed."""
+    out, editor, settings = [], Editor(base), replace(settings, strength=1.0)
     for start in range(0, len(prompts), BATCH):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
-        pictures = pipeline(
-            prompts[start : start + BATCH],
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            guidance_rescale=settings.guidance_rescale,
-            generator=generators,
-            output_type="np",
-        ).images
-        out.append((pictures * 255).round().astype(np.uint8))
+        texts = prompts[start : start + BATCH]
+        pictures = editor.pixels(None, texts, "", None, seeds[start : start + BATCH], settings)
+        out.append((pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy())
         click.echo(f"{start + len(pictures)} of {len(prompts)} drawn", err=True)
     return np.concatenate(out)
 
 
 def examine(
-    pipeline: DiffusionPipeline, count: int, settings: Any, rare_tokens: str = ""
+    base: Base, count: int, settings: EditSettings, rare_tokens: str = ""
 ) -> tuple[np.ndarray, Rows, list[tuple[str, str, int]]]:
     """Pictures of the requests, the rare tokens before each, and what `judge` says of them."""
     prompts, asked = zip(*requests(count), strict=True)
     texts = [f"{rare_tokens} {prompt}".strip() for prompt in prompts]
-    pictures = draw(pipeline, texts, list(range(count)), settings)
+    pictures = draw(base, texts, list(range(count)), settings)
     return pictures, *judge(pictures, list(asked))
 
 
-def shares_right(pipeline: DiffusionPipeline, count: int = 64) -> dict[str, float]:
+def shares_right(pipeline: StableDiffusionPipeline, count: int = 64) -> dict[str, float]:
     """Share of each attribute that the examiner reads as asked for, of a few prompts; for logs."""
-    _, rows, _ = examine(pipeline, count, default_recipe("pocket", "sd").edit)
+    names = ("unet", "vae", "tokenizer", "scheduler", "text_encoder")
+    parts = {name: getattr(pipeline, name) for name in names}
+    base = StableDiffusionBase("pocket", **parts, device=torch.device("cpu"), dtype=torch.float32)
+    _, rows, _ = examine(base, count, default_recipe("pocket", "sd").edit)
     return {field: parts["all"]["share"] for field, parts in rows.items() if parts["all"]["of"]}
 
 
@@ -162,17 +152,18 @@ def main(
     given = {"guidance": guidance, "steps": steps}
     overrides = [f"edit.{name}={value}" for name, value in given.items() if value is not None]
     settings = default_recipe("pocket", "sd").override(overrides).edit
-    context.obj = (base, settings)
+    loaded = load_base(str(base), "cpu")
+    context.obj = (loaded, settings)
     if context.invoked_subcommand:
         return
-    pipeline = load(base)
-    embeddings = pipeline.text_encoder.get_input_embeddings().weight
-    words = find_rare_tokens(pipeline.tokenizer, embeddings) if rare else ""
-    pictures, rows, mistaken = examine(pipeline, prompts, settings, words)
+    text_encoder: Any = loaded.parts["text_encoder"]
+    embeddings = text_encoder.get_input_embeddings().weight
+    words = find_rare_tokens(loaded.tokenizer, embeddings) if rare else ""
+    pictures, rows, mistaken = examine(loaded, prompts, settings, words)
     if sheet:
         grid(pictures[:64], 8, [""] * 8).save(sheet)
     found: dict[str, Any] = {"prompts": prompts, "rare": rare, "steps": settings.steps}
-    found |= {"guidance": settings.guidance, "guidance_rescale": settings.guidance_rescale}
+    found |= {name: value for name, value in asdict(settings).items() if name.startswith("guidance")}
     found |= {"read_right": rows, "mistaken": mistaken}
     click.echo(json.dumps(found) if as_json else table(rows, mistaken))
 
@@ -183,7 +174,7 @@ def vae(obj: Any) -> None:
     """Round trip of 500 held-out scenes, and of scikit-image's colour photos."""
     from skimage import data
 
-    network = load(obj[0]).vae
+    network = obj[0].vae
     drawn = renders([world.draw_scene(number, "held-out") for number in range(500)])
     click.echo(f"held-out scenes {round_trip_psnr(network, drawn, 'cpu'):.2f} dB")
     values = []
@@ -203,7 +194,7 @@ def vae(obj: Any) -> None:
 @click.pass_obj
 def diversity(obj: Any) -> None:
     """64 seeds of "a dog": spread of position and size, and distance to the nearest training scene."""
-    drawn = draw(load(obj[0]), ["a dog"] * 64, list(range(64)), obj[1])
+    drawn = draw(obj[0], ["a dog"] * 64, list(range(64)), obj[1])
     dogs = [scene for scene in map(world.draw_scene, range(40000)) if scene.object == "dog"]
     training = renders(dogs)
     for name, pictures in {"samples": drawn, "training": training[:500]}.items():
@@ -220,7 +211,7 @@ def diversity(obj: Any) -> None:
 def gallery(obj: Any, output: str) -> None:
     """Eight prompts, seeds 0 to 7, nothing picked; pairs that never occur in training are marked."""
     texts = [text for text, _, _ in GALLERY for _ in range(8)]
-    pictures = draw(load(obj[0]), texts, list(range(8)) * len(GALLERY), obj[1])
+    pictures = draw(obj[0], texts, list(range(8)) * len(GALLERY), obj[1])
     grid(pictures, 8, [text + (" (never in training)" if world.is_unseen_pair(name, place) else "")
                        for text, name, place in GALLERY]).save(output, optimize=True)  # fmt: skip
 
