@@ -181,6 +181,8 @@ def fit_command(
     help="Pictures to make, from consecutive seeds; out.png becomes out-SEED.png for each.",
 )
 @click.option("--guidance", type=float, metavar="W", help="How strongly to follow the text, from 1.")
+@click.option("--guidance-start", type=float, metavar="S", help="First share of the steps without guidance.")
+@click.option("--guidance-stop", type=float, metavar="S", help="Share of the steps after which it ends.")
 @click.option("--guidance-rescale", type=float, metavar="R", help="Remedy against saturated colours, 0 to 1.")
 @click.option(
     "--strength", type=float, metavar="S", help="Noise put on the photo, above 0 to 1; 1 starts from noise."

@@ -119,6 +119,8 @@ class Editor:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_start: float | None = None,
+        guidance_stop: float | None = None,
         guidance_rescale: float | None = None,
         strength: float | None = None,
         adapter_scale: float | None = None,
@@ -134,6 +136,8 @@ class Editor:
             seed: of the noise.
             steps: sampling steps of a full run.
             guidance: classifier-free guidance weight, from 1.
+            guidance_start: share of a full run's denoising that goes without guidance at first, 0 to 1.
+            guidance_stop: share of it after which guidance ends, 0 to 1.
             guidance_rescale: remedy against overexposure, 0 to 1.
             strength: how much noise the photo gets, above 0 to 1; 1 starts from noise alone.
             adapter_scale: of the adapter's effect, 0 to 4.
@@ -150,6 +154,8 @@ class Editor:
         given = {
             "steps": steps,
             "guidance": guidance,
+            "guidance_start": guidance_start,
+            "guidance_stop": guidance_stop,
             "guidance_rescale": guidance_rescale,
             "strength": strength,
             "adapter_scale": adapter_scale,
