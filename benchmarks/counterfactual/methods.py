@@ -79,12 +79,12 @@ class UniTune:
     def __post_init__(self) -> None:
         edit = default_recipe("pocket", "sd").edit
         self.grid = {
-            "adapter_scale": (edit.adapter_scale, 0.2, 0.25, 0.4, 0.5, 0.7, 1.0),
-            "guidance": (edit.guidance, 1.5, 2.0, 4.0, 5.0),
-            "guidance_start": (edit.guidance_start, 0.0),
-            "guidance_stop": (edit.guidance_stop, 1.0),
+            "adapter_scale": (edit.adapter_scale, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4),
+            "guidance": (edit.guidance, 2.0, 2.5, 4.0),
+            "guidance_start": (edit.guidance_start,),
+            "guidance_stop": (edit.guidance_stop,),
             "strength": (edit.strength, 0.8, 0.9, 1.0),
-            "unconditional": (edit.unconditional, "adapter"),
+            "unconditional": (edit.unconditional,),
         } | self.grid
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
