@@ -32,7 +32,7 @@ from lora_unitune.sampling import sample
 Dials = dict[str, Any]
 RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
 STEPS = 25
-INTERVAL = {"guidance_start": (0.0, 0.2), "guidance_stop": (1.0, 0.8)}
+INTERVAL = {"guidance_start": (0.0, 0.2), "guidance_stop": (0.8, 1.0)}
 
 
 class Method(Protocol):
@@ -145,7 +145,7 @@ def guided_by_plain_weights(
 class SDEdit(Unfitted):
     """The noised photo, denoised with the prompt (arXiv 2108.01073)."""
 
-    grid = {"strength": (0.7, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9), "guidance": (4.0, 2.0, 3.0, 5.0, 7.0)} | INTERVAL
+    grid = {"strength": (0.4, 0.3, 0.35, 0.45, 0.5, 0.55), "guidance": (4.0, 3.0, 5.0, 7.0)} | INTERVAL
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -174,7 +174,7 @@ class DDIMInversion(Unfitted):
         grid: `strength` is the share of the steps that are taken back.
     """
 
-    grid = {"strength": (0.7, 0.4, 0.5, 0.6, 0.8, 0.9), "guidance": (4.0, 2.0, 3.0, 5.0, 7.0)}
+    grid = {"strength": (0.5, 0.4, 0.45, 0.55, 0.6, 0.65), "guidance": (2.0, 1.5, 2.5, 3.0, 4.0)}
 
     @torch.no_grad()
     def edit(
