@@ -26,19 +26,17 @@ from .counterfactual.pairs import EDITS_OF_PHOTO, draw_pairs
 from .counterfactual.run import noise_seeds, photos
 from .origin import origin
 
-SCALES = (0.2, 0.3, 0.45, 0.7)
+SCALES = (0.2, 0.3, 0.45)
 FULL = ("fit.method=full", "fit.text_encoder_learning_rate=5e-5")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "60 steps": ("fit.steps=60",),
     "30 steps": ("fit.steps=30",),
+    "60 steps, rate 3e-2": ("fit.steps=60", "fit.unet_learning_rate=3e-2"),
     "60 steps, batch 8": ("fit.steps=60", "fit.batch_size=8"),
-    "40 steps, batch 12": ("fit.steps=40", "fit.batch_size=12"),
-    "120 steps, batch 2": ("fit.steps=120", "fit.batch_size=2"),
     "rank 1": ("lora.unet_rank=1", "lora.unet_alpha=1"),
     "rank 8": ("lora.unet_rank=8", "lora.unet_alpha=8"),
     "no convolutions": ("lora.unet_targets=to_q,to_k,to_v,to_out.0,ff.net.2",),
-    "no attention": ("lora.unet_targets=conv1,conv2",),
     "no text encoder": ("lora.text_encoder_rank=0",),
     "full, rate 3e-4": (*FULL, "fit.unet_learning_rate=3e-4"),
     "full, 60 steps, rate 3e-4": (*FULL, "fit.unet_learning_rate=3e-4", "fit.steps=60"),
