@@ -213,9 +213,9 @@ class LEdits:
     """LEDITS++ (arXiv 2311.16711), by diffusers' own pipeline and its default sampler and masks."""
 
     grid = {
-        "skip": (0.15, 0.05, 0.25, 0.35, 0.5),
-        "edit_guidance_scale": (5.0, 2.0, 3.0, 7.0, 10.0, 15.0),
-        "edit_threshold": (0.9, 0.0, 0.25, 0.5, 0.75),
+        "skip": (0.5, 0.4, 0.55, 0.6, 0.65, 0.7),
+        "edit_guidance_scale": (2.0, 1.0, 1.5, 2.5, 3.0, 4.0),
+        "edit_threshold": (0.25, 0.0, 0.1, 0.4, 0.5),
     }
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
