@@ -324,6 +324,9 @@ class Editor:
     def _settings(self, adapter: Adapter | None, has_photo: bool, given: dict[str, Any]) -> EditSettings:
         """Returns the settings of an edit: those that were given, then the recipe's."""
         defaults = adapter.recipe.edit if adapter else EditSettings(strength=0.95 if has_photo else 1.0)
+        is_full = adapter is not None and adapter.recipe.fit.method == "full"
+        if is_full:  # the base's own weights aren't there beside it
+            defaults = dataclasses.replace(defaults, unconditional="adapter")
         try:
             settings = dataclasses.replace(
                 defaults, **{name: value for name, value in given.items() if value is not None}
@@ -339,7 +342,6 @@ class Editor:
             raise SettingError(
                 f"edit.strength = {settings.strength} leaves none of {settings.steps} steps; raise one"
             )
-        is_full = adapter is not None and adapter.recipe.fit.method == "full"
         if is_full and settings.unconditional == "base":
             raise SettingError(
                 "edit.unconditional = 'base' needs an adapter of method 'lora', not 'full'; use 'adapter'"

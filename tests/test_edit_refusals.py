@@ -115,5 +115,9 @@ def test_tensors_that_dont_fit_the_base_are_one_line_and_change_nothing(
 
 
 def test_full_adapters_cant_use_the_base_for_the_empty_prompt(base15: Base, editor: Editor) -> None:
+    adapter = make_full_adapter(base15)
     with pytest.raises(SettingError, match="needs an adapter of method 'lora'"):
-        editor.edit(make_full_adapter(base15), "a fox", unconditional="base")
+        editor.edit(adapter, "a fox", unconditional="base")
+    edit = replace(adapter.recipe.edit, unconditional="base")
+    edited = editor.edit(replace(adapter, recipe=replace(adapter.recipe, edit=edit)), "a fox")
+    assert edited.settings["unconditional"] == "adapter"
