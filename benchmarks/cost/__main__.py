@@ -71,6 +71,7 @@ def steps_command(
     settings = {"base": base, "resolution": resolution, "steps": steps, "batch": batch, "device": device}
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     names = [name for name in methods.split(",") if name in METHODS]
+    del settings["device"]  # every result says it
     _tell(device, output, **settings, rounds=rounds, costs=compare(arguments, names, rounds))
 
 
