@@ -333,15 +333,11 @@ class Editor:
             )
         except RecipeError as error:
             raise SettingError(str(error)) from error
-        most = len(self.base.alphas_cumprod)
-        if settings.steps > most:
-            raise SettingError(
-                f"edit.steps = {settings.steps} isn't allowed; this base takes from 1 to {most}"
-            )
-        if int(settings.steps * settings.strength) < 1:
-            raise SettingError(
-                f"edit.strength = {settings.strength} leaves none of {settings.steps} steps; raise one"
-            )
+        steps, most = settings.steps, len(self.base.alphas_cumprod)
+        if steps > most:
+            raise SettingError(f"edit.steps = {steps} isn't allowed; this base takes from 1 to {most}")
+        if int(steps * settings.strength) < 1:
+            raise SettingError(f"edit.strength = {settings.strength} leaves none of {steps} steps; raise one")
         if is_full and settings.unconditional == "base":
             raise SettingError(
                 "edit.unconditional = 'base' needs an adapter of method 'lora', not 'full'; use 'adapter'"
