@@ -68,10 +68,9 @@ def steps_command(
     if only:
         click.echo(json.dumps(measure(base, only, resolution, steps, batch, device)))
         return
-    settings = {"base": base, "resolution": resolution, "steps": steps, "batch": batch, "device": device}
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    settings = {"base": base, "resolution": resolution, "steps": steps, "batch": batch}
+    arguments = [f"--{name}={value}" for name, value in {**settings, "device": device}.items()]
     names = [name for name in methods.split(",") if name in METHODS]
-    del settings["device"]  # every result says it
     _tell(device, output, **settings, rounds=rounds, costs=compare(arguments, names, rounds))
 
 
