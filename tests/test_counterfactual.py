@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from random_adapters import make_adapter
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -22,10 +24,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from benchmarks.counterfactual import report
 from benchmarks.counterfactual.__main__ import main
+from benchmarks.counterfactual.imagic import trainable
 from benchmarks.counterfactual.measures import interval, measure
-from benchmarks.counterfactual.methods import METHODS, ddim_step, trainable
+from benchmarks.counterfactual.methods import METHODS, ddim_step
 from benchmarks.counterfactual.pairs import SIZE_OF_KIND, Pair, draw_pairs
-from benchmarks.counterfactual.run import noise_seeds, settings_to_try, split_name
+from benchmarks.counterfactual.run import best_first, noise_seeds, settings_to_try, split_name
+from benchmarks.memory import of_adapter
 from lora_unitune import Editor
 from lora_unitune.families import POCKET_FOLDER
 from lora_unitune.pocket.world import draw_scene, render
@@ -129,6 +133,18 @@ def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(part) for key, part in value.items() if key not in report.TIMES}
     return value
+
+
+def test_of_trials_that_the_pairs_cannot_tell_apart_the_nearest_to_the_truth_is_chosen() -> None:
+    trials = [(0.50, 18.0), (0.47, 19.0), (0.44, 20.0), (0.44, 21.0)]
+    rows = [{"success": success, "psnr_truth": decibels} for success, decibels in trials]
+    assert [rows.index(row) for row in best_first(rows, 200)] == [1, 0, 3, 2]
+
+
+def test_the_size_of_a_file_does_not_hang_on_the_digits_of_its_seconds(editor: Editor) -> None:
+    adapter = make_adapter(editor.base, seed=0)
+    sizes = {of_adapter(replace(adapter, seconds=s))["file_bytes"] for s in (0.5, 0.05123456789123457)}
+    assert len(sizes) == 1
 
 
 def test_a_run_goes_on_where_it_stopped_and_two_runs_agree(tmp_path: Path) -> None:

@@ -66,22 +66,25 @@ def measure(
             train_rival(photo, base, recipe, on_step)
     row |= {"fit_seconds": time.perf_counter() - moments[0], "fit_peak_bytes": peak.bytes()}
     row["step_seconds"] = np.diff(moments)[1:].tolist()  # the first one has the preparation in it
+    if adapter is None:
+        return row
+    row |= of_adapter(adapter)
+    peak, editor = Peak(), Editor(base)
+    settings = replace(recipe.edit, strength=1.0)
+    for _ in range(2):  # the second one is warm
+        started = time.perf_counter()
+        editor.pixels(adapter, [f"{adapter.rare_tokens} a dog at night"], "", None, [0], settings)
+        wait(base.device)
+        row["edit_step_seconds"] = (time.perf_counter() - started) / settings.steps
+    row["edit_peak_bytes"] = peak.bytes()
+    editor.release()
+    del adapter, editor  # of full fine-tuning, as large as the model
     one = recipe.override(["fit.steps=1"])
-    counted = operations(lambda: fit(photo, base=base, recipe=one)) if method == kind else None
+    counted = operations(lambda: fit(photo, base=base, recipe=one))
     if counted:
         rate = matrix_rate(base.device, torch.bfloat16 if base.device.type == "cuda" else torch.float32)
         row |= {"step_operations": counted, "matrix_rate": rate}
         row["share_of_floor"] = counted / rate / float(np.median(row["step_seconds"]))
-    if adapter:
-        row |= of_adapter(adapter)
-        peak, editor = Peak(), Editor(base)
-        settings = replace(recipe.edit, strength=1.0)
-        for _ in range(2):  # the second one is warm
-            started = time.perf_counter()
-            editor.pixels(adapter, [f"{adapter.rare_tokens} a dog at night"], "", None, [0], settings)
-            wait(base.device)
-            row["edit_step_seconds"] = (time.perf_counter() - started) / settings.steps
-        row["edit_peak_bytes"] = peak.bytes()
     return row
 
 

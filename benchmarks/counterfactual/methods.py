@@ -6,16 +6,14 @@ noise of a pair is drawn from the pair's own seed, the same for all methods.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
@@ -23,45 +21,13 @@ from torch import Tensor
 from lora_unitune import Adapter, Editor, fit
 from lora_unitune.guidance import classifier_free_guidance, rescale_guidance
 from lora_unitune.mount import Mount
-from lora_unitune.objective import add_noise, stratified_timesteps, training_target
 from lora_unitune.photo import load_photo, photo_to_tensor
 from lora_unitune.pocket.world import render
 from lora_unitune.recipe import EditSettings, default_recipe
 from lora_unitune.sampling import sample
 
-Dials = dict[str, Any]
-RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
-STEPS = 25
-INTERVAL = {"guidance_start": (0.0, 0.2), "guidance_stop": (0.8, 1.0)}
-
-
-class Method(Protocol):
-    """A way to edit a photo with words. Pairs are a `Pair` or anything with `image` and `prompt`.
-
-    Attributes:
-        grid: values that tuning may try for each dial; the first of each is the default.
-    """
-
-    grid: dict[str, tuple[Any, ...]]
-
-    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
-        """What is computed once for a photo (an image or its file), or None. The base is left as it was."""
-        ...
-
-    def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
-    ) -> Any:
-        """Edits of one photo, (n, h, w, 3) uint8; seeds are those of the noise, one for each pair."""
-        ...
-
-
-class Unfitted:
-    """What methods share that compute nothing beforehand."""
-
-    grid: dict[str, tuple[Any, ...]] = {}
-
-    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
-        return None
+from .imagic import Imagic
+from .method import RESCALE, STEPS, Dials, Method, Unfitted, embeddings, photo_latents, to_bytes
 
 
 @dataclass
@@ -79,11 +45,11 @@ class UniTune:
     def __post_init__(self) -> None:
         edit = default_recipe("pocket", "sd").edit
         self.grid = {
-            "adapter_scale": (edit.adapter_scale, 0.15, 0.2, 0.3, 0.35, 0.4),
-            "guidance": (edit.guidance, 2.0, 2.5, 4.0),
+            "adapter_scale": (edit.adapter_scale, 0.2, 0.3, 0.35),
+            "guidance": (edit.guidance, 2.0, 4.0),
             "guidance_start": (edit.guidance_start,),
             "guidance_stop": (edit.guidance_stop,),
-            "strength": (edit.strength, 0.8, 0.9, 1.0),
+            "strength": (edit.strength,),
             "unconditional": (edit.unconditional,),
         } | self.grid
 
@@ -145,7 +111,12 @@ def guided_by_plain_weights(
 class SDEdit(Unfitted):
     """The noised photo, denoised with the prompt (arXiv 2108.01073)."""
 
-    grid = {"strength": (0.4, 0.3, 0.35, 0.45, 0.5, 0.55), "guidance": (4.0, 3.0, 5.0, 7.0)} | INTERVAL
+    grid = {
+        "strength": (0.4, 0.35, 0.45, 0.5),
+        "guidance": (4.0, 3.0, 5.0),
+        "guidance_start": (0.0,),
+        "guidance_stop": (0.8,),
+    }
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -159,7 +130,11 @@ class SDEdit(Unfitted):
 class TextToImage(SDEdit):
     """The prompt alone: what the base draws that never saw the photo."""
 
-    grid = {"guidance": (4.0, 2.0, 3.0, 5.0, 7.0)} | INTERVAL
+    grid = {
+        "guidance": (4.0, 2.0, 3.0, 5.0, 7.0),
+        "guidance_start": (0.0, 0.2),
+        "guidance_stop": (0.8, 1.0),
+    }
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -174,7 +149,7 @@ class DDIMInversion(Unfitted):
         grid: `strength` is the share of the steps that are taken back.
     """
 
-    grid = {"strength": (0.5, 0.4, 0.45, 0.55, 0.6, 0.65), "guidance": (2.0, 1.5, 2.5, 3.0, 4.0)}
+    grid = {"strength": (0.5, 0.45, 0.55, 0.6), "guidance": (2.5, 2.0, 3.0)}
 
     @torch.no_grad()
     def edit(
@@ -255,73 +230,6 @@ class LEdits:
         return np.asarray(edited.images[0])
 
 
-class Imagic(Unfitted):
-    """Imagic (arXiv 2210.09276): tune the prompt's embedding, then the UNet, then mix the embeddings.
-
-    It fits every pair anew, since its embedding starts from the prompt.
-    """
-
-    grid = {
-        "mix": (0.7, 0.5, 0.6, 0.8, 0.9, 1.0),
-        "guidance": (3.0, 2.0, 4.0, 5.0),
-        "strength": (1.0, 0.9),
-    }
-    embedding_steps, embedding_rate, unet_steps, unet_rate, batch = 60, 2e-3, 80, 2e-4, 4
-    kept = 0  # pairs; `tune` sets it, a run has each pair once
-
-    def __init__(self) -> None:
-        self._learned: dict[Any, tuple[Tensor, list[Tensor]]] = {}
-
-    def edit(
-        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
-    ) -> Any:
-        editor.release()
-        return np.concatenate([self._edit(editor, *one, dials) for one in zip(pairs, seeds, strict=True)])
-
-    def _edit(self, editor: Editor, pair: Any, seed: int, dials: Dials) -> np.ndarray:
-        photo = load_photo(pair.image, editor.base.resolution)
-        mean, std = editor.base.encode_photo(photo_to_tensor(photo))
-        wanted = embeddings(editor, [pair.prompt])
-        found, learned = self._learn(editor, wanted, mean, std, seed)
-        unet = editor.base.parts["unet"]
-        with trainable(unet), torch.no_grad():
-            for weight, value in zip(unet.parameters(), learned, strict=True):
-                weight.copy_(value)
-            return self._sample(editor, found.lerp(wanted, dials["mix"]), mean, seed, dials)
-
-    def _learn(
-        self, editor: Editor, wanted: Tensor, mean: Tensor, std: Tensor, seed: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The embedding and the UNet's weights of a pair; tuning keeps the last ones for its next dials."""
-        key = (editor.base.fingerprint, seed, *(tensor.numpy().tobytes() for tensor in (wanted, mean)))
-        if key not in self._learned:
-            unet, generator = editor.base.parts["unet"], torch.Generator().manual_seed(seed)
-            found = wanted.clone().requires_grad_(True)
-            descend(editor, [found], self.embedding_rate, self.embedding_steps, found, mean, std, generator)
-            found = found.detach()
-            with trainable(unet):
-                weights = list(unet.parameters())
-                descend(editor, weights, self.unet_rate, self.unet_steps, found, mean, std, generator)
-                learned = [weight.detach().clone() for weight in weights]
-            if not self.kept:
-                return found, learned
-            self._learned[key] = found, learned
-            for old in list(self._learned)[: -self.kept]:
-                del self._learned[old]
-        return self._learned[key]
-
-    def _sample(self, editor: Editor, mixed: Tensor, mean: Tensor, seed: int, dials: Dials) -> np.ndarray:
-        strength = dials["strength"]
-        settings = EditSettings(
-            steps=STEPS, guidance_rescale=RESCALE, guidance=dials["guidance"], strength=strength
-        )
-        start = mean if strength < 1 else None
-        shape = editor.base.latent_shape()
-        return to_bytes(editor.base.decode(
-            sample(editor.base, shape, mixed, embeddings(editor, [""]), start, [seed], settings)
-        ))  # fmt: skip
-
-
 class ReturnPhoto(Unfitted):
     """The photo as it was: keeps everything, changes nothing."""
 
@@ -351,7 +259,12 @@ class TruthThroughVAE(Truth):
         return to_bytes(editor.base.decode(torch.cat(latents)))
 
 
-FULL = ("fit.method=full", "fit.unet_learning_rate=3e-4", "fit.text_encoder_learning_rate=5e-5")
+FULL = (
+    "fit.method=full",
+    "fit.steps=120",
+    "fit.unet_learning_rate=3e-4",
+    "fit.text_encoder_learning_rate=5e-5",
+)
 METHODS: dict[str, Method] = {
     "lora": UniTune(),
     "lora-rank1": UniTune(("lora.unet_rank=1", "lora.unet_alpha=1")),
@@ -369,23 +282,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-def to_bytes(pixels: Tensor) -> np.ndarray:
-    """(n, 3, h, w) in [0, 1] -> (n, h, w, 3) uint8."""
-    return (pixels.permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()
-
-
-@torch.no_grad()
-def embeddings(editor: Editor, texts: Sequence[str]) -> Tensor:
-    """(n, L, width) of texts, by the base as it is now."""
-    return torch.cat([editor.base.embed(editor.base.tokenize(text)[0]) for text in texts])
-
-
-def photo_latents(editor: Editor, pairs: Sequence[Any]) -> Tensor:
-    """(1, c, h, w), scaled, of the photo that the pairs share."""
-    photo = load_photo(pairs[0].image, editor.base.resolution)
-    return editor.base.encode_photo(photo_to_tensor(photo))[0]
-
-
 def ddim_step(base: Any, latents: Tensor, predicted: Tensor, now: int, after: int) -> Tensor:
     """DDIM without fresh noise (arXiv 2010.02502, equation 13), either way, for a base that predicts v.
 
@@ -400,44 +296,3 @@ def ddim_step(base: Any, latents: Tensor, predicted: Tensor, now: int, after: in
     clean = here**0.5 * latents - (1 - here) ** 0.5 * predicted
     noise = here**0.5 * predicted + (1 - here) ** 0.5 * latents
     return there**0.5 * clean + (1 - there) ** 0.5 * noise
-
-
-def descend(
-    editor: Editor,
-    weights: Sequence[Tensor],
-    rate: float,
-    steps: int,
-    embedding: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    generator: torch.Generator,
-) -> None:
-    """Adam on the denoising loss of one photo, given an embedding (1, L, width)."""
-    base, batch = editor.base, Imagic.batch
-    optimizer = torch.optim.Adam(list(weights), lr=rate)
-    alphas = base.alphas_cumprod.to(base.device)
-    for _ in range(steps):
-        drawn = torch.randn((2, batch, *mean.shape[1:]), generator=generator).to(base.device)
-        steps_ = stratified_timesteps(batch, len(alphas), generator).to(base.device)
-        clean = mean + std * drawn[0]
-        target = training_target(clean, drawn[1], steps_, alphas, base.prediction_type)
-        noised = add_noise(clean, drawn[1], steps_, alphas)
-        loss = F.mse_loss(base.predict(noised, steps_, embedding.expand(batch, -1, -1)), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-@contextlib.contextmanager
-def trainable(module: torch.nn.Module) -> Iterator[None]:
-    """Inside the `with` block the weights learn; afterwards they are as they were, to the bit."""
-    kept = [weight.detach().clone() for weight in module.parameters()]
-    module.requires_grad_(True)
-    try:
-        yield
-    finally:
-        module.requires_grad_(False)
-        with torch.no_grad():
-            for weight, before in zip(module.parameters(), kept, strict=True):
-                weight.copy_(before)
-                weight.grad = None

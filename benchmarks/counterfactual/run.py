@@ -23,8 +23,10 @@ from lora_unitune import Editor
 from lora_unitune.adapter_file import Adapter
 
 from ..memory import Peak, of_adapter
+from .imagic import Imagic
 from .measures import measure
-from .methods import METHODS, Dials, Imagic, Method
+from .method import Dials, Method
+from .methods import METHODS
 from .pairs import EDITS_OF_PHOTO, draw_pairs
 
 DIALS = Path(__file__).with_name("dials.json")
@@ -189,7 +191,7 @@ def settings_to_try(method: Method, trials: int) -> list[Dials]:
 
 
 def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> list[dict[str, Any]]:
-    """Tries settings on the tuning list, best first: most successes, then nearest to the true pictures."""
+    """Tries settings on the tuning list, in the order of `best_first`."""
     editor, method = Editor(base, device), METHODS[name]
     if isinstance(method, Imagic):
         method.kept = EDITS_OF_PHOTO
@@ -208,4 +210,18 @@ def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> lis
         means = {field: float(np.nanmean([row[field] for row in measured])) for field in measured[0]}
         rows.append({"dials": dials, **{field: round(value, 4) for field, value in means.items()}})
     editor.release()
-    return sorted(rows, key=lambda row: (-row["success"], -row["psnr_truth"]))
+    return best_first(rows, pair_count)
+
+
+def best_first(rows: list[dict[str, Any]], pair_count: int) -> list[dict[str, Any]]:
+    """Trials by success; of those within a standard error of the most, the nearest to the truth first.
+
+    So many pairs don't tell those apart (the rule of Breiman et al., 1984, section 3.4.3).
+    """
+    most = max(row["success"] for row in rows)
+    least = most - math.sqrt(most * (1 - most) / pair_count)
+
+    def rank(row: dict[str, Any]) -> tuple[float, float]:
+        return -min(row["success"], least), -row["psnr_truth"]
+
+    return sorted(rows, key=rank)

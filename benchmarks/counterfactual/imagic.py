@@ -1,0 +1,128 @@
+"""Imagic, the method nearest to UniTune, as published."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_unitune import Editor
+from lora_unitune.objective import add_noise, stratified_timesteps, training_target
+from lora_unitune.photo import load_photo, photo_to_tensor
+from lora_unitune.recipe import EditSettings
+from lora_unitune.sampling import sample
+
+from .method import RESCALE, STEPS, Dials, Unfitted, embeddings, to_bytes
+
+
+class Imagic(Unfitted):
+    """Imagic (arXiv 2210.09276): tune the prompt's embedding, then the UNet, then mix the embeddings.
+
+    It fits every pair anew, since its embedding starts from the prompt.
+    """
+
+    grid = {
+        "mix": (0.7, 0.5, 0.6, 0.8, 0.9, 1.0),
+        "guidance": (3.0, 2.0, 4.0, 5.0),
+        "strength": (1.0, 0.9),
+    }
+    embedding_steps, embedding_rate, unet_steps, unet_rate, batch = 60, 2e-3, 80, 2e-4, 4
+    kept = 0  # pairs; `tune` sets it, a run has each pair once
+
+    def __init__(self) -> None:
+        self._learned: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        editor.release()
+        return np.concatenate([self._edit(editor, *one, dials) for one in zip(pairs, seeds, strict=True)])
+
+    def _edit(self, editor: Editor, pair: Any, seed: int, dials: Dials) -> np.ndarray:
+        photo = load_photo(pair.image, editor.base.resolution)
+        mean, std = editor.base.encode_photo(photo_to_tensor(photo))
+        wanted = embeddings(editor, [pair.prompt])
+        found, learned = self._learn(editor, wanted, mean, std, seed)
+        unet = editor.base.parts["unet"]
+        with trainable(unet), torch.no_grad():
+            for weight, value in zip(unet.parameters(), learned, strict=True):
+                weight.copy_(value)
+            return self._sample(editor, found.lerp(wanted, dials["mix"]), mean, seed, dials)
+
+    def _learn(
+        self, editor: Editor, wanted: Tensor, mean: Tensor, std: Tensor, seed: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embedding and the UNet's weights of a pair; tuning keeps the last ones for its next dials."""
+        key = (editor.base.fingerprint, seed, *(tensor.numpy().tobytes() for tensor in (wanted, mean)))
+        if key not in self._learned:
+            unet, generator = editor.base.parts["unet"], torch.Generator().manual_seed(seed)
+            found = wanted.clone().requires_grad_(True)
+            descend(editor, [found], self.embedding_rate, self.embedding_steps, found, mean, std, generator)
+            found = found.detach()
+            with trainable(unet):
+                weights = list(unet.parameters())
+                descend(editor, weights, self.unet_rate, self.unet_steps, found, mean, std, generator)
+                learned = [weight.detach().clone() for weight in weights]
+            if not self.kept:
+                return found, learned
+            self._learned[key] = found, learned
+            for old in list(self._learned)[: -self.kept]:
+                del self._learned[old]
+        return self._learned[key]
+
+    def _sample(self, editor: Editor, mixed: Tensor, mean: Tensor, seed: int, dials: Dials) -> np.ndarray:
+        strength = dials["strength"]
+        settings = EditSettings(
+            steps=STEPS, guidance_rescale=RESCALE, guidance=dials["guidance"], strength=strength
+        )
+        start = mean if strength < 1 else None
+        shape = editor.base.latent_shape()
+        return to_bytes(editor.base.decode(
+            sample(editor.base, shape, mixed, embeddings(editor, [""]), start, [seed], settings)
+        ))  # fmt: skip
+
+
+def descend(
+    editor: Editor,
+    weights: Sequence[Tensor],
+    rate: float,
+    steps: int,
+    embedding: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Adam on the denoising loss of one photo, given an embedding (1, L, width)."""
+    base, batch = editor.base, Imagic.batch
+    optimizer = torch.optim.Adam(list(weights), lr=rate)
+    alphas = base.alphas_cumprod.to(base.device)
+    for _ in range(steps):
+        drawn = torch.randn((2, batch, *mean.shape[1:]), generator=generator).to(base.device)
+        steps_ = stratified_timesteps(batch, len(alphas), generator).to(base.device)
+        clean = mean + std * drawn[0]
+        target = training_target(clean, drawn[1], steps_, alphas, base.prediction_type)
+        noised = add_noise(clean, drawn[1], steps_, alphas)
+        loss = F.mse_loss(base.predict(noised, steps_, embedding.expand(batch, -1, -1)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def trainable(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the `with` block the weights learn; afterwards they are as they were, to the bit."""
+    kept = [weight.detach().clone() for weight in module.parameters()]
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        module.requires_grad_(False)
+        with torch.no_grad():
+            for weight, before in zip(module.parameters(), kept, strict=True):
+                weight.copy_(before)
+                weight.grad = None

@@ -1,0 +1,63 @@
+"""What every method of the comparison is, and what several of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_unitune import Editor
+from lora_unitune.photo import load_photo, photo_to_tensor
+
+Dials = dict[str, Any]
+RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
+STEPS = 25
+
+
+class Method(Protocol):
+    """A way to edit a photo with words. Pairs are a `Pair` or anything with `image` and `prompt`.
+
+    Attributes:
+        grid: values that tuning may try for each dial; the first of each is the default.
+    """
+
+    grid: dict[str, tuple[Any, ...]]
+
+    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
+        """What is computed once for a photo (an image or its file), or None. The base is left as it was."""
+        ...
+
+    def edit(
+        self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
+    ) -> Any:
+        """Edits of one photo, (n, h, w, 3) uint8; seeds are those of the noise, one for each pair."""
+        ...
+
+
+class Unfitted:
+    """What methods share that compute nothing beforehand."""
+
+    grid: dict[str, tuple[Any, ...]] = {}
+
+    def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
+        return None
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """(n, 3, h, w) in [0, 1] -> (n, h, w, 3) uint8."""
+    return (pixels.permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()
+
+
+@torch.no_grad()
+def embeddings(editor: Editor, texts: Sequence[str]) -> Tensor:
+    """(n, L, width) of texts, by the base as it is now."""
+    return torch.cat([editor.base.embed(editor.base.tokenize(text)[0]) for text in texts])
+
+
+def photo_latents(editor: Editor, pairs: Sequence[Any]) -> Tensor:
+    """(1, c, h, w), scaled, of the photo that the pairs share."""
+    photo = load_photo(pairs[0].image, editor.base.resolution)
+    return editor.base.encode_photo(photo_to_tensor(photo))[0]
