@@ -21,15 +21,15 @@ from lora_unitune import Editor, fit
 from lora_unitune.score import psnr
 
 from .counterfactual.measures import measure
-from .counterfactual.methods import METHODS
+from .counterfactual.methods import FULL, METHODS
 from .counterfactual.pairs import EDITS_OF_PHOTO, draw_pairs
 from .counterfactual.run import noise_seeds, photos
 from .origin import origin
 
 SCALES = (0.2, 0.3, 0.45)
-FULL = ("fit.method=full", "fit.text_encoder_learning_rate=5e-5")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
+    "120 steps": ("fit.steps=120",),
     "60 steps": ("fit.steps=60",),
     "30 steps": ("fit.steps=30",),
     "60 steps, rate 3e-2": ("fit.steps=60", "fit.unet_learning_rate=3e-2"),
@@ -38,8 +38,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "rank 8": ("lora.unet_rank=8", "lora.unet_alpha=8"),
     "no convolutions": ("lora.unet_targets=to_q,to_k,to_v,to_out.0,ff.net.2",),
     "no text encoder": ("lora.text_encoder_rank=0",),
-    "full, rate 3e-4": (*FULL, "fit.unet_learning_rate=3e-4"),
-    "full, 60 steps, rate 3e-4": (*FULL, "fit.unet_learning_rate=3e-4", "fit.steps=60"),
+    "full, 120 steps": FULL,
+    "full, 60 steps": (*FULL, "fit.steps=60"),
 }
 
 
