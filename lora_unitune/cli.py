@@ -193,6 +193,7 @@ def fit_command(
 @click.option("--steps", type=int, metavar="N", help="Sampling steps.")
 @click.option("--negative-prompt", metavar="TEXT", help="What the picture should not show.")
 @click.option("--unconditional", type=click.Choice(["adapter", "base"]), help="Weights for the empty prompt.")
+@click.option("--residual/--no-residual", default=None, help="Add to the photo only what the words change.")
 @click.option("--photo", metavar="PHOTO", help="The photo to start from, when the file doesn't hold it.")
 @click.option(
     "--tokens", default="", metavar="WORDS", help="The rare tokens, when the file doesn't say them."

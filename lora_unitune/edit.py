@@ -125,6 +125,7 @@ class Editor:
         strength: float | None = None,
         adapter_scale: float | None = None,
         unconditional: str | None = None,
+        residual: bool | None = None,
     ) -> Edit:
         """Edits the adapter's photo with words. Settings left None are those of the adapter's recipe.
 
@@ -142,6 +143,7 @@ class Editor:
             strength: how much noise the photo gets, above 0 to 1; 1 starts from noise alone.
             adapter_scale: of the adapter's effect, 0 to 4.
             unconditional: "adapter" or "base": the weights that predict the empty prompt.
+            residual: sample the rare tokens alone too, and add to the photo only what the prompt changed.
 
         Raises:
             PromptError: the prompt is empty.
@@ -160,6 +162,7 @@ class Editor:
             "strength": strength,
             "adapter_scale": adapter_scale,
             "unconditional": unconditional,
+            "residual": residual,
         }
         return self._run(adapter, prompt, negative_prompt, photo, seed, given)
 
@@ -215,6 +218,7 @@ class Editor:
             UnituneError: as for `edit`.
         """
         names = [field.name for field in dataclasses.fields(EditSettings)]
+        settings = {"residual": False, **settings}  # edits of before there was one
         needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
         missing = [name for name in needed if name not in settings]
         if missing:
@@ -260,6 +264,10 @@ class Editor:
     ) -> Tensor:
         """Samples images together, with nothing added to the prompts and no default filled in.
 
+        With `residual`, z + e - r is decoded: z is the photo, e a sample of the whole prompt and r one of the
+        rare tokens alone (of the empty prompt, for the plain base), from the same noise. So what the fit draws wrong, in both, drops out. Inversions
+        are corrected alike, along the way (arXiv 2310.01506, section 4).
+
         Args:
             adapter: None is the plain base.
             texts: the whole prompts, rare tokens included.
@@ -272,6 +280,10 @@ class Editor:
             (texts, 3, height, width) float32 in [0, 1].
         """
         self._mount.use(adapter, settings.adapter_scale)
+        start = photo_latents if settings.residual else None
+        if start is not None:
+            rare_tokens = adapter.rare_tokens if adapter else ""
+            texts, seeds = [*texts, *[rare_tokens] * len(texts)], [*seeds, *seeds]
         conditional = torch.cat([self._embed(text)[0] for text in texts])
         unconditional, _ = self._embed(negative_prompt)
         if settings.unconditional == "base":
@@ -279,6 +291,9 @@ class Editor:
                 unconditional, _ = self._embed(negative_prompt)
         shape = self.base.latent_shape(adapter.resolution if adapter else 0)
         latents = sample(self.base, shape, conditional, unconditional, photo_latents, seeds, settings)
+        if start is not None:
+            edited, redrawn = latents.chunk(2)
+            latents = start + edited - redrawn
         return self.base.decode(latents)
 
     def _run(

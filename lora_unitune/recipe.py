@@ -152,6 +152,8 @@ class EditSettings(_Checked):
             pure noise.
         adapter_scale: Multiplies the adapter's output; 0 is the plain base.
         unconditional: Which weights predict the empty prompt's branch: "adapter" or "base".
+        residual: Samples the rare tokens alone too, with the same noise, and adds to the photo only what the
+            prompt changed between the two; below strength 1.
     """
 
     steps: int = field(default=25, metadata=_between(1, 1000))
@@ -162,6 +164,7 @@ class EditSettings(_Checked):
     strength: float = field(default=0.95, metadata=_above(0, 1))
     adapter_scale: float = field(default=1.0, metadata=_between(0, 4))
     unconditional: Literal["adapter", "base"] = "adapter"
+    residual: bool = False
 
 
 @dataclass(frozen=True)

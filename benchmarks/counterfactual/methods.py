@@ -45,12 +45,13 @@ class UniTune:
     def __post_init__(self) -> None:
         edit = default_recipe("pocket", "sd").edit
         self.grid = {
-            "adapter_scale": (edit.adapter_scale, 0.2, 0.3, 0.35),
+            "adapter_scale": (edit.adapter_scale, 0.15, 0.2, 0.3),
             "guidance": (edit.guidance, 2.0, 4.0),
             "guidance_start": (edit.guidance_start,),
             "guidance_stop": (edit.guidance_stop,),
             "strength": (edit.strength,),
             "unconditional": (edit.unconditional,),
+            "residual": (edit.residual,),
         } | self.grid
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
@@ -93,6 +94,8 @@ def guided_by_plain_weights(
     editor: Editor, fitted: Adapter, texts: Sequence[str], start: Any, seeds: Sequence[int], settings: Any
 ) -> Tensor:
     """For full fine-tuning what unconditional = "base" is for adapters; it takes a second model in memory."""
+    if settings.residual:
+        texts, seeds = [*texts, *[fitted.rare_tokens] * len(texts)], [*seeds, *seeds]
     editor.release()
     base, mount = editor.base, Mount(editor.base)
     plain = copy.copy(base)
@@ -103,7 +106,11 @@ def guided_by_plain_weights(
         both = WithPlain(base, plain, len(texts))
         settings = dataclasses.replace(settings, unconditional="adapter")
         prompted = embeddings(editor, texts)
-        return base.decode(sample(both, base.latent_shape(), prompted, empty, start, seeds, settings))
+        latents = sample(both, base.latent_shape(), prompted, empty, start, seeds, settings)
+        if settings.residual:
+            edited, redrawn = latents.chunk(2)
+            latents = start + edited - redrawn
+        return base.decode(latents)
     finally:
         mount.release()
 
