@@ -265,8 +265,8 @@ class Editor:
         """Samples images together, with nothing added to the prompts and no default filled in.
 
         With `residual`, z + e - r is decoded: z is the photo, e a sample of the whole prompt and r one of the
-        rare tokens alone (of the empty prompt, for the plain base), from the same noise. So what the fit draws wrong, in both, drops out. Inversions
-        are corrected alike, along the way (arXiv 2310.01506, section 4).
+        rare tokens alone (for the plain base, of the empty prompt), from the same noise. So what both of them
+        draw wrong drops out. Inversions are corrected alike, along the way (arXiv 2310.01506, section 4).
 
         Args:
             adapter: None is the plain base.

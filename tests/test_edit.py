@@ -252,6 +252,29 @@ def test_the_base_can_predict_the_empty_prompt(editor: Editor, adapter: Adapter)
     )
 
 
+def test_a_residual_adds_to_the_photo_what_the_prompt_changed(
+    base15: Base, editor: Editor, adapter: Adapter
+) -> None:
+    photo, settings = adapter.photo_latents, replace(EDIT, strength=0.8, residual=True)
+    assert photo is not None
+    nothing_asked = editor.pixels(adapter, [adapter.rare_tokens], "", photo, [0], settings)
+    torch.testing.assert_close(nothing_asked, base15.decode(photo))
+    text = f"{adapter.rare_tokens} a fox"
+    drawn: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base15, "decode", lambda latents: drawn.append(latents) or latents)
+        for texts, residual in (([text], True), ([text], False), ([adapter.rare_tokens], False)):
+            editor.pixels(adapter, texts, "", photo, [3], replace(settings, residual=residual))
+    edit, whole, rare = drawn
+    torch.testing.assert_close(edit, photo + whole - rare)
+    from_noise = replace(settings, strength=1.0)
+    with_and_without = [
+        editor.pixels(adapter, [text], "", None, [0], replace(from_noise, residual=residual))
+        for residual in (True, False)
+    ]
+    assert torch.equal(*with_and_without)
+
+
 def test_guidance_acts_on_its_interval_only(editor: Editor, adapter: Adapter) -> None:
     settings = replace(EDIT, strength=1.0)
 

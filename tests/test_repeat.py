@@ -60,6 +60,8 @@ def test_repeating_with_something_else_is_one_line(
         editor.repeat(adapter, edit.settings)
     with pytest.raises(SettingError, match="lack guidance"):
         editor.repeat(adapter, {key: value for key, value in edit.settings.items() if key != "guidance"})
+    before_residuals = {key: value for key, value in edit.settings.items() if key != "residual"}
+    assert editor.repeat(adapter, before_residuals, photo_image).image.tobytes() == edit.image.tobytes()
     assert editor.repeat(adapter, edit.settings, photo_image).image.tobytes() == edit.image.tobytes()
 
 
