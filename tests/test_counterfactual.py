@@ -28,7 +28,7 @@ from benchmarks.counterfactual.imagic import trainable
 from benchmarks.counterfactual.measures import interval, measure
 from benchmarks.counterfactual.methods import METHODS, ddim_step
 from benchmarks.counterfactual.pairs import SIZE_OF_KIND, Pair, draw_pairs
-from benchmarks.counterfactual.run import best_first, noise_seeds, settings_to_try, split_name
+from benchmarks.counterfactual.run import noise_seeds, settings_to_try, split_name
 from benchmarks.memory import of_adapter
 from lora_unitune import Editor
 from lora_unitune.families import POCKET_FOLDER
@@ -133,12 +133,6 @@ def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(part) for key, part in value.items() if key not in report.TIMES}
     return value
-
-
-def test_of_trials_that_the_pairs_cannot_tell_apart_the_nearest_to_the_truth_is_chosen() -> None:
-    trials = [(0.50, 18.0), (0.47, 19.0), (0.44, 20.0), (0.44, 21.0)]
-    rows = [{"success": success, "psnr_truth": decibels} for success, decibels in trials]
-    assert [rows.index(row) for row in best_first(rows, 200)] == [1, 0, 3, 2]
 
 
 def test_the_size_of_a_file_does_not_hang_on_the_digits_of_its_seconds(editor: Editor) -> None:

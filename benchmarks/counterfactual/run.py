@@ -191,7 +191,7 @@ def settings_to_try(method: Method, trials: int) -> list[Dials]:
 
 
 def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> list[dict[str, Any]]:
-    """Tries settings on the tuning list, in the order of `best_first`."""
+    """Tries settings on the tuning list, best first: most successes, then nearest to the true pictures."""
     editor, method = Editor(base, device), METHODS[name]
     if isinstance(method, Imagic):
         method.kept = EDITS_OF_PHOTO
@@ -210,18 +210,4 @@ def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> lis
         means = {field: float(np.nanmean([row[field] for row in measured])) for field in measured[0]}
         rows.append({"dials": dials, **{field: round(value, 4) for field, value in means.items()}})
     editor.release()
-    return best_first(rows, pair_count)
-
-
-def best_first(rows: list[dict[str, Any]], pair_count: int) -> list[dict[str, Any]]:
-    """Trials by success; of those within a standard error of the most, the nearest to the truth first.
-
-    So many pairs don't tell those apart (the rule of Breiman et al., 1984, section 3.4.3).
-    """
-    most = max(row["success"] for row in rows)
-    least = most - math.sqrt(most * (1 - most) / pair_count)
-
-    def rank(row: dict[str, Any]) -> tuple[float, float]:
-        return -min(row["success"], least), -row["psnr_truth"]
-
-    return sorted(rows, key=rank)
+    return sorted(rows, key=lambda row: (-row["success"], -row["psnr_truth"]))
