@@ -94,7 +94,8 @@ def guided_by_plain_weights(
     editor: Editor, fitted: Adapter, texts: Sequence[str], start: Any, seeds: Sequence[int], settings: Any
 ) -> Tensor:
     """For full fine-tuning what unconditional = "base" is for adapters; it takes a second model in memory."""
-    if settings.residual:
+    is_residual = settings.residual and start is not None
+    if is_residual:
         texts, seeds = [*texts, *[fitted.rare_tokens] * len(texts)], [*seeds, *seeds]
     editor.release()
     base, mount = editor.base, Mount(editor.base)
@@ -107,7 +108,7 @@ def guided_by_plain_weights(
         settings = dataclasses.replace(settings, unconditional="adapter")
         prompted = embeddings(editor, texts)
         latents = sample(both, base.latent_shape(), prompted, empty, start, seeds, settings)
-        if settings.residual:
+        if is_residual:
             edited, redrawn = latents.chunk(2)
             latents = start + edited - redrawn
         return base.decode(latents)
