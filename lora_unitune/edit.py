@@ -25,7 +25,7 @@ from lora_unitune.mount import Mount
 from lora_unitune.output import write_atomically
 from lora_unitune.photo import load_photo, photo_to_tensor
 from lora_unitune.recipe import EditSettings
-from lora_unitune.sampling import sample
+from lora_unitune.sampling import sample_edit
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -264,10 +264,6 @@ class Editor:
     ) -> Tensor:
         """Samples images together, with nothing added to the prompts and no default filled in.
 
-        With `residual`, z + e - r is decoded: z is the photo, e a sample of the whole prompt and r one of the
-        rare tokens alone (for the plain base, of the empty prompt), from the same noise. So what both of them
-        draw wrong drops out. Inversions are corrected alike, along the way (arXiv 2310.01506, section 4).
-
         Args:
             adapter: None is the plain base.
             texts: the whole prompts, rare tokens included.
@@ -280,20 +276,14 @@ class Editor:
             (texts, 3, height, width) float32 in [0, 1].
         """
         self._mount.use(adapter, settings.adapter_scale)
-        start = photo_latents if settings.residual else None
-        if start is not None:
-            rare_tokens = adapter.rare_tokens if adapter else ""
-            texts, seeds = [*texts, *[rare_tokens] * len(texts)], [*seeds, *seeds]
         conditional = torch.cat([self._embed(text)[0] for text in texts])
-        unconditional, _ = self._embed(negative_prompt)
+        empty, _ = self._embed(negative_prompt)
         if settings.unconditional == "base":
             with adapters.adapters_disabled(self.base):
-                unconditional, _ = self._embed(negative_prompt)
+                empty, _ = self._embed(negative_prompt)
         shape = self.base.latent_shape(adapter.resolution if adapter else 0)
-        latents = sample(self.base, shape, conditional, unconditional, photo_latents, seeds, settings)
-        if start is not None:
-            edited, redrawn = latents.chunk(2)
-            latents = start + edited - redrawn
+        rare, _ = self._embed(adapter.rare_tokens if adapter else "")
+        latents = sample_edit(self.base, shape, conditional, rare, empty, photo_latents, seeds, settings)
         return self.base.decode(latents)
 
     def _run(
@@ -342,10 +332,9 @@ class Editor:
         is_full = adapter is not None and adapter.recipe.fit.method == "full"
         if is_full:  # the base's own weights aren't there beside it
             defaults = dataclasses.replace(defaults, unconditional="adapter")
+        chosen = {name: value for name, value in given.items() if value is not None}
         try:
-            settings = dataclasses.replace(
-                defaults, **{name: value for name, value in given.items() if value is not None}
-            )
+            settings = dataclasses.replace(defaults, **chosen)
         except RecipeError as error:
             raise SettingError(str(error)) from error
         steps, most = settings.steps, len(self.base.alphas_cumprod)
@@ -408,5 +397,4 @@ def _checked_seed(seed: Any) -> None:
 
 def _to_image(pixels: Tensor) -> Image.Image:
     """Turns (1, 3, height, width) in [0, 1] into an image, rounded as diffusers rounds."""
-    values = (pixels[0].permute(1, 2, 0) * 255).round().to("cpu", torch.uint8)
-    return Image.fromarray(values.numpy())
+    return Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())

@@ -24,7 +24,7 @@ from lora_unitune.mount import Mount
 from lora_unitune.photo import load_photo, photo_to_tensor
 from lora_unitune.pocket.world import render
 from lora_unitune.recipe import EditSettings, default_recipe
-from lora_unitune.sampling import sample
+from lora_unitune.sampling import sample_edit
 
 from .imagic import Imagic
 from .method import RESCALE, STEPS, Dials, Method, Unfitted, embeddings, photo_latents, to_bytes
@@ -94,9 +94,6 @@ def guided_by_plain_weights(
     editor: Editor, fitted: Adapter, texts: Sequence[str], start: Any, seeds: Sequence[int], settings: Any
 ) -> Tensor:
     """For full fine-tuning what unconditional = "base" is for adapters; it takes a second model in memory."""
-    is_residual = settings.residual and start is not None
-    if is_residual:
-        texts, seeds = [*texts, *[fitted.rare_tokens] * len(texts)], [*seeds, *seeds]
     editor.release()
     base, mount = editor.base, Mount(editor.base)
     plain = copy.copy(base)
@@ -104,14 +101,12 @@ def guided_by_plain_weights(
     empty = embeddings(editor, [""])
     mount.use(fitted, settings.adapter_scale)
     try:
-        both = WithPlain(base, plain, len(texts))
+        count = len(texts) * (2 if settings.residual and start is not None else 1)
+        both = WithPlain(base, plain, count)
         settings = dataclasses.replace(settings, unconditional="adapter")
-        prompted = embeddings(editor, texts)
-        latents = sample(both, base.latent_shape(), prompted, empty, start, seeds, settings)
-        if is_residual:
-            edited, redrawn = latents.chunk(2)
-            latents = start + edited - redrawn
-        return base.decode(latents)
+        prompted, rare = embeddings(editor, texts), embeddings(editor, [fitted.rare_tokens])
+        shape = base.latent_shape()
+        return base.decode(sample_edit(both, shape, prompted, rare, empty, start, seeds, settings))
     finally:
         mount.release()
 
