@@ -282,7 +282,7 @@ class Editor:
             with adapters.adapters_disabled(self.base):
                 empty, _ = self._embed(negative_prompt)
         shape = self.base.latent_shape(adapter.resolution if adapter else 0)
-        rare, _ = self._embed(adapter.rare_tokens if adapter else "")
+        rare = self._embed(adapter.rare_tokens if adapter else "")[0] if settings.residual else None
         latents = sample_edit(self.base, shape, conditional, rare, empty, photo_latents, seeds, settings)
         return self.base.decode(latents)
 

@@ -70,13 +70,13 @@ def sample_edit(
     base: Base,
     shape: tuple[int, int, int],
     conditional: Tensor,
-    rare: Tensor,
+    rare: Tensor | None,
     unconditional: Tensor,
     photo_latents: Tensor | None,
     seeds: Sequence[int],
     settings: EditSettings,
 ) -> Tensor:
-    """Samples latents as `sample` does, and with `residual` returns z + e - r instead.
+    """Samples latents as `sample` does, or returns z + e - r (the setting `residual`).
 
     z is the photo, e a sample of the whole prompt, and r one of the rare tokens alone, from the same noise:
     what both of them draw wrong drops out. Inversions are corrected alike, step by step (arXiv 2310.01506,
@@ -86,7 +86,7 @@ def sample_edit(
         base: as for `sample`, and so are the others but one.
         shape: of the latents.
         conditional: (b, L, width).
-        rare: (1, L, width), the embeddings of the rare tokens alone (for the plain base, of nothing).
+        rare: (1, L, width), of the rare tokens alone (for the plain base, of nothing); None: no residual.
         unconditional: (1, L, width).
         photo_latents: without them (strength 1) there is no residual.
         seeds: one for each prompt.
@@ -95,7 +95,7 @@ def sample_edit(
     Returns:
         (b, channels, h, w) float32, scaled latents.
     """
-    if photo_latents is None or not settings.residual:
+    if photo_latents is None or rare is None:
         return sample(base, shape, conditional, unconditional, photo_latents, seeds, settings)
     both = torch.cat([conditional, rare.expand_as(conditional)])
     latents = sample(base, shape, both, unconditional, photo_latents, [*seeds, *seeds], settings)

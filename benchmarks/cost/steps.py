@@ -81,10 +81,9 @@ def measure(
     del adapter, editor  # of full fine-tuning, as large as the model
     one = recipe.override(["fit.steps=1"])
     counted = operations(lambda: fit(photo, base=base, recipe=one))
-    if counted:
-        rate = matrix_rate(base.device, torch.bfloat16 if base.device.type == "cuda" else torch.float32)
-        row |= {"step_operations": counted, "matrix_rate": rate}
-        row["share_of_floor"] = counted / rate / float(np.median(row["step_seconds"]))
+    rate = matrix_rate(base.device, torch.bfloat16 if base.device.type == "cuda" else torch.float32)
+    row |= {"step_operations": counted, "matrix_rate": rate}
+    row["share_of_floor"] = counted / rate / float(np.median(row["step_seconds"]))
     return row
 
 

@@ -101,10 +101,10 @@ def guided_by_plain_weights(
     empty = embeddings(editor, [""])
     mount.use(fitted, settings.adapter_scale)
     try:
-        count = len(texts) * (2 if settings.residual and start is not None else 1)
-        both = WithPlain(base, plain, count)
         settings = dataclasses.replace(settings, unconditional="adapter")
-        prompted, rare = embeddings(editor, texts), embeddings(editor, [fitted.rare_tokens])
+        prompted = embeddings(editor, texts)
+        rare = embeddings(editor, [fitted.rare_tokens]) if settings.residual and start is not None else None
+        both = WithPlain(base, plain, len(texts) * (1 if rare is None else 2))
         shape = base.latent_shape()
         return base.decode(sample_edit(both, shape, prompted, rare, empty, start, seeds, settings))
     finally:
