@@ -68,7 +68,33 @@ def training_target(
     if prediction_type == "v_prediction":
         signal, spread = _coefficients(timesteps, alphas_cumprod, latents)
         return signal * noise - spread * latents
-    raise BaseModelError(f"the base predicts '{prediction_type}'; fits need epsilon, v_prediction or sample")
+    raise _unknown(prediction_type)
+
+
+def clean_latents(
+    prediction: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
+) -> Tensor:
+    """Returns the x_0 that a denoiser's answer for x_t stands for: the inverse of `training_target`.
+
+    Args:
+        prediction: what the denoiser answered, (b, c, h, w).
+        noisy: x_t, (b, c, h, w).
+        timesteps: t, (b,) int64.
+        alphas_cumprod: a, (T,).
+        prediction_type: "epsilon" (arXiv 2006.11239, equation 15), "v_prediction" (arXiv 2202.00512,
+            appendix D) or "sample".
+
+    Raises:
+        BaseModelError: the base predicts something else.
+    """
+    signal, spread = _coefficients(timesteps, alphas_cumprod, noisy)
+    if prediction_type == "epsilon":
+        return (noisy - spread * prediction) / signal
+    if prediction_type == "sample":
+        return prediction
+    if prediction_type == "v_prediction":
+        return signal * noisy - spread * prediction
+    raise _unknown(prediction_type)
 
 
 def snr(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -86,3 +112,9 @@ def _coefficients(timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor) -> tu
     """Returns sqrt(a_t) and sqrt(1 - a_t), each (b, 1, 1, 1)."""
     signal = alphas_cumprod.to(like.device)[timesteps.to(like.device)].view(-1, 1, 1, 1)
     return signal.sqrt().to(like.dtype), (1 - signal).sqrt().to(like.dtype)
+
+
+def _unknown(prediction_type: str) -> BaseModelError:
+    return BaseModelError(
+        f"the base predicts '{prediction_type}'; it has to be epsilon, v_prediction or sample"
+    )

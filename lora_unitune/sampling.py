@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_unitune.adapters import adapters_for_last
 from lora_unitune.families import Base
 from lora_unitune.guidance import classifier_free_guidance, rescale_guidance
+from lora_unitune.objective import add_noise, clean_latents, snr
 from lora_unitune.recipe import EditSettings
 
 
@@ -42,8 +43,7 @@ def sample(
         (b, channels, h, w) float32, scaled latents.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
-    noise, unconditional = noise.to(base.device), unconditional.expand_as(conditional)
+    noise, unconditional = _noise(shape, generators).to(base.device), unconditional.expand_as(conditional)
     scheduler = base.make_scheduler()
     scheduler.set_timesteps(settings.steps, device=base.device)
     timesteps = scheduler.timesteps
@@ -51,8 +51,7 @@ def sample(
     if photo_latents is None:
         latents = noise * scheduler.init_noise_sigma
     else:
-        kept = min(int(settings.steps * settings.strength), settings.steps)
-        first = (settings.steps - kept) * scheduler.order
+        first = _skipped(settings) * scheduler.order
         timesteps = timesteps[first:]
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
@@ -66,6 +65,7 @@ def sample(
     return latents
 
 
+@torch.no_grad()
 def sample_edit(
     base: Base,
     shape: tuple[int, int, int],
@@ -76,11 +76,12 @@ def sample_edit(
     seeds: Sequence[int],
     settings: EditSettings,
 ) -> Tensor:
-    """Samples latents as `sample` does, or returns z + e - r (the setting `residual`).
+    """Samples latents as `sample` does, or the photo and what the prompt changes in it (setting `residual`).
 
-    z is the photo, e a sample of the whole prompt, and r one of the rare tokens alone, from the same noise:
-    what both of them draw wrong drops out. Inversions are corrected alike, step by step (arXiv 2310.01506,
-    section 4).
+    The change d, 0 at first, follows FlowEdit (arXiv 2412.08629, algorithm 1) on a diffusion model's noise
+    levels s = sqrt((1 - a_t) / a_t). At each, the photo z and z + d get the same fresh noise; from one to the
+    next, lower by the factor r, d <- r d + (1 - r) (x(z + d, whole prompt) - x(z, rare tokens alone)), where
+    x is the clean picture that the base predicts. What it draws wrong of the photo drops out.
 
     Args:
         base: as for `sample`, and so are the others but one.
@@ -90,17 +91,40 @@ def sample_edit(
         unconditional: (1, L, width).
         photo_latents: without them (strength 1) there is no residual.
         seeds: one for each prompt.
-        settings: the sampler's.
+        settings: the sampler's; with a residual, of its scheduler only the timesteps are used.
 
     Returns:
         (b, channels, h, w) float32, scaled latents.
     """
     if photo_latents is None or rare is None:
         return sample(base, shape, conditional, unconditional, photo_latents, seeds, settings)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    scheduler = base.make_scheduler()
+    scheduler.set_timesteps(settings.steps, device=base.device)
+    timesteps = scheduler.timesteps[_skipped(settings) * scheduler.order :].long().unique_consecutive()
     both = torch.cat([conditional, rare.expand_as(conditional)])
-    latents = sample(base, shape, both, unconditional, photo_latents, [*seeds, *seeds], settings)
-    edited, redrawn = latents.chunk(2)
-    return photo_latents + edited - redrawn
+    nothing, photo = unconditional.expand_as(both), photo_latents.expand(len(seeds), *shape)
+    levels = [*snr(timesteps, base.alphas_cumprod).rsqrt().tolist(), 0.0]
+    change = torch.zeros_like(photo)
+    for timestep, level, next_level in zip(timesteps, levels, levels[1:], strict=False):
+        noise, steps = _noise(shape, generators).to(base.device), timestep.expand(2 * len(seeds))
+        pictures, alphas = torch.cat([photo + change, photo]), base.alphas_cumprod
+        noised = add_noise(pictures, torch.cat([noise, noise]), steps, alphas)
+        prediction = _guided_prediction(base, noised, timestep, both, nothing, settings)
+        clean = clean_latents(prediction, noised, steps, alphas, base.prediction_type)
+        edited, redrawn = clean.chunk(2)
+        change = torch.lerp(edited - redrawn, change, next_level / level)
+    return photo + change
+
+
+def _noise(shape: tuple[int, int, int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Draws standard normal noise (generators, channels, h, w), for each image by its own generator."""
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+
+def _skipped(settings: EditSettings) -> int:
+    """Returns how many steps of a full run, the noisiest ones, a strength below 1 leaves out."""
+    return settings.steps - min(int(settings.steps * settings.strength), settings.steps)
 
 
 def _guided_prediction(

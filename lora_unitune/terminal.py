@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ class Commands(click.Group):
         """Runs the command that was asked for."""
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # the libraries' notes to developers
+        gc.set_threshold(10_000)  # importing makes objects that stay: looking for garbage took a fifth of it
         try:
             return super().invoke(ctx)
         except UnituneError as error:

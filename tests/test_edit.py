@@ -27,6 +27,7 @@ from lora_unitune.adapters import is_attached
 from lora_unitune.edit import Editor
 from lora_unitune.errors import AdapterFileError
 from lora_unitune.families import Base, load_base
+from lora_unitune.objective import add_noise, clean_latents
 from lora_unitune.recipe import LoraSettings
 
 
@@ -252,24 +253,66 @@ def test_the_base_can_predict_the_empty_prompt(editor: Editor, adapter: Adapter)
     )
 
 
+@pytest.mark.parametrize("layout", ["sd15", "sd21"])
 def test_a_residual_adds_to_the_photo_what_the_prompt_changed(
-    base15: Base, editor: Editor, adapter: Adapter
+    request: pytest.FixtureRequest, layout: str
 ) -> None:
+    base: Base = request.getfixturevalue(f"base{layout[2:]}")
+    editor, adapter = Editor(base), make_adapter(base)
     photo, settings = adapter.photo_latents, replace(EDIT, strength=0.8, residual=True)
     assert photo is not None
-    nothing_asked = editor.pixels(adapter, [adapter.rare_tokens], "", photo, [0], settings)
-    torch.testing.assert_close(nothing_asked, base15.decode(photo))
+
+    def drawn(text: str, **changes: Any) -> torch.Tensor:
+        return editor.pixels(adapter, [text], "", photo, [3], replace(settings, **changes))
+
     text = f"{adapter.rare_tokens} a fox"
-    drawn: list[torch.Tensor] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base15, "decode", lambda latents: drawn.append(latents) or latents)
-        for texts, residual in (([text], True), ([text], False), ([adapter.rare_tokens], False)):
-            editor.pixels(adapter, texts, "", photo, [3], replace(settings, residual=residual))
-    edit, whole, rare = drawn
-    torch.testing.assert_close(edit, photo + whole - rare)
-    from_noise = replace(settings, strength=1.0)
+    torch.testing.assert_close(drawn(adapter.rare_tokens), base.decode(photo))
+    assert (drawn(text) - base.decode(photo)).abs().max() > 1e-3
+    together = editor.pixels(adapter, [adapter.rare_tokens, text], "", photo, [4, 3], settings)
+    torch.testing.assert_close(together[1:], drawn(text))
+
+    once = drawn(text, steps=2, strength=0.5, guidance=1.0)  # one step: from the noised photo to clean
+    timestep, noise = (
+        base.make_scheduler(),
+        torch.randn(photo.shape, generator=torch.Generator().manual_seed(3)),
+    )
+    timestep.set_timesteps(2)
+    steps = timestep.timesteps[1:]
+    noised = add_noise(photo, noise, steps, base.alphas_cumprod)
+    whole, rare = (
+        clean_latents(
+            base.predict(noised, steps, base.embed(base.tokenize(words)[0])),
+            noised,
+            steps,
+            base.alphas_cumprod,
+            base.prediction_type,
+        )
+        for words in (text, adapter.rare_tokens)
+    )
+    torch.testing.assert_close(once, base.decode(photo + whole - rare))
+    editor.release()
+
+
+@pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
+def test_of_a_sampler_a_residual_takes_the_timesteps_alone(
+    base15: Base, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    other = kind.from_config(base15.make_scheduler().config, timestep_spacing="trailing")
+    ours = base15.make_scheduler().from_config(other.config)
+    settings, pictures = replace(EDIT, strength=0.6, residual=True), []
+    for sampler in (ours, other):
+        monkeypatch.setattr(base15, "make_scheduler", lambda sampler=sampler: sampler)
+        pictures.append(Editor(base15).pixels(
+            adapter, [f"{adapter.rare_tokens} a fox"], "", adapter.photo_latents, [3], settings
+        ))  # fmt: skip
+        Editor(base15).release()
+    torch.testing.assert_close(*pictures)
+
+
+def test_without_a_photo_there_is_no_residual(editor: Editor, adapter: Adapter) -> None:
+    from_noise = replace(EDIT, strength=1.0)
     with_and_without = [
-        editor.pixels(adapter, [text], "", None, [0], replace(from_noise, residual=residual))
+        editor.pixels(adapter, ["zqrt a fox"], "", None, [0], replace(from_noise, residual=residual))
         for residual in (True, False)
     ]
     assert torch.equal(*with_and_without)

@@ -7,7 +7,14 @@ import torch
 from diffusers import DDIMScheduler
 
 from lora_unitune.errors import BaseModelError
-from lora_unitune.objective import add_noise, mean_squared_loss, snr, stratified_timesteps, training_target
+from lora_unitune.objective import (
+    add_noise,
+    clean_latents,
+    mean_squared_loss,
+    snr,
+    stratified_timesteps,
+    training_target,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -67,12 +74,7 @@ def test_the_target_gives_the_clean_latents_back(
     alphas = scheduler.alphas_cumprod
     noised = add_noise(latents, noise, timesteps, alphas)
     target = training_target(latents, noise, timesteps, alphas, prediction_type)
-    signal = alphas[timesteps].view(-1, 1, 1, 1)
-    clean = {
-        "epsilon": (noised - (1 - signal).sqrt() * target) / signal.sqrt(),
-        "v_prediction": signal.sqrt() * noised - (1 - signal).sqrt() * target,
-        "sample": target,
-    }[prediction_type]
+    clean = clean_latents(target, noised, timesteps, alphas, prediction_type)
     assert torch.allclose(clean, latents, atol=1e-4)
 
 
@@ -83,12 +85,14 @@ def test_zero_terminal_snr_is_pure_noise(drawn: tuple[torch.Tensor, torch.Tensor
     assert torch.equal(add_noise(latents, noise, last, alphas), noise)
     assert torch.equal(add_noise(latents, noise, first, alphas), latents)
     assert torch.equal(training_target(latents, noise, last, alphas, "v_prediction"), -latents)
+    assert torch.equal(clean_latents(-latents, noise, last, alphas, "v_prediction"), latents)
     assert snr(last, alphas).eq(0).all() and snr(first, alphas).isinf().all()
 
 
 def test_an_unknown_prediction_type_is_named(drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    with pytest.raises(BaseModelError, match="'flow_prediction'"):
-        training_target(*drawn, torch.rand(1000), "flow_prediction")
+    for formula in (training_target, clean_latents):
+        with pytest.raises(BaseModelError, match="'flow_prediction'"):
+            formula(*drawn, torch.rand(1000), "flow_prediction")
 
 
 def test_the_loss_is_float32_and_a_mean() -> None:
