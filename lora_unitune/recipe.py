@@ -152,8 +152,8 @@ class EditSettings(_Checked):
             pure noise.
         adapter_scale: Multiplies the adapter's output; 0 is the plain base.
         unconditional: Which weights predict the empty prompt's branch: "adapter" or "base".
-        residual: Samples the rare tokens alone too, with the same noise, and adds to the photo only what the
-            prompt changed between the two; below strength 1.
+        residual: Adds to the photo, step by step, only what the prompt changes against the rare tokens alone
+            (FlowEdit, arXiv 2412.08629); below strength 1.
     """
 
     steps: int = field(default=25, metadata=_between(1, 1000))
