@@ -98,7 +98,8 @@ class FitSettings(_Checked):
         gradient_accumulation: Forward passes per optimizer step.
         unet_learning_rate: Learning rate of the UNet's adapters.
         text_encoder_learning_rate: Learning rate of the text encoders' adapters.
-        optimizer: Name of an optimizer, see `lora_unitune.optimizers`.
+        optimizer: Name of an optimizer, see `lora_unitune.optimizers`; "auto" is adamw, or adamw8bit for many
+            weights on a GPU.
         weight_decay: Decoupled weight decay.
         max_gradient_norm: Gradients are clipped to this norm; 0 leaves them alone.
         warmup_steps: Steps over which the learning rate grows linearly from 0.
@@ -114,7 +115,7 @@ class FitSettings(_Checked):
     gradient_accumulation: int = field(default=1, metadata=_between(1, 1024))
     unet_learning_rate: float = field(default=4e-4, metadata=_above(0, 1))
     text_encoder_learning_rate: float = field(default=1e-4, metadata=_above(0, 1))
-    optimizer: str = "adamw"
+    optimizer: str = "auto"
     weight_decay: float = field(default=0.0, metadata=_between(0, 1))
     max_gradient_norm: float = field(default=1.0, metadata=_between(0, 1e6))
     warmup_steps: int = field(default=0, metadata=_between(0, 100_000))

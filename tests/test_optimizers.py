@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 import pytest
 import torch
 
 from lora_unitune.errors import DeviceError, SettingError
-from lora_unitune.optimizers import OPTIMIZERS, make_optimizer
+from lora_unitune.optimizers import OPTIMIZERS, best_for, make_optimizer
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -48,8 +49,20 @@ def test_adamw_is_pytorchs_and_fused() -> None:
     assert torch.allclose(*weights)
 
 
+def test_auto_takes_8_bits_for_many_weights_on_a_gpu_only() -> None:
+    full, adapter = 860_000_000, 1_600_000
+    assert best_for({"cuda"}, full) == "adamw8bit"
+    for devices, count in (({"cuda"}, adapter), ({"cpu"}, full), ({"mps"}, full), ({"cuda", "cpu"}, full)):
+        assert best_for(devices, count) == "adamw"
+
+
+def test_auto_without_bitsandbytes_is_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert best_for({"cuda"}, 860_000_000) == "adamw"
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(SettingError, match="'adam9' is unknown; choose one of adamw, adamw8bit"):
+    with pytest.raises(SettingError, match="'adam9' is unknown; choose one of auto, adamw, adamw8bit"):
         make_optimizer("adam9", [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1}])
 
 
