@@ -26,7 +26,7 @@ from .counterfactual.pairs import EDITS_OF_PHOTO, draw_pairs
 from .counterfactual.run import noise_seeds, photos
 from .origin import origin
 
-SCALES = (0.2, 0.3, 0.45)
+SCALES = (0.1, 0.15, 0.25)
 SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "120 steps": ("fit.steps=120",),
