@@ -145,6 +145,21 @@ class TextToImage(SDEdit):
         return super().edit(editor, fitted, pairs, seeds, {**dials, "strength": 1.0})
 
 
+class FlowEdit(SDEdit):
+    """The untouched base, with edits that follow FlowEdit (arXiv 2412.08629): what is left without the fit.
+
+    As no method here gets a caption of the photo, the photo's own half of it goes without words.
+    """
+
+    grid = {
+        "strength": (0.7, 0.5, 0.6, 0.8, 0.95),
+        "guidance": (3.0, 2.0, 4.0, 5.0, 7.0),
+        "guidance_start": (0.0, 0.2),
+        "guidance_stop": (0.8,),
+        "residual": (True,),
+    }
+
+
 class DDIMInversion(Unfitted):
     """The photo's latents taken back to noise without a prompt, then denoised with one (arXiv 2010.02502).
 
@@ -275,6 +290,7 @@ METHODS: dict[str, Method] = {
     "lora-unet": UniTune(("lora.text_encoder_rank=0",)),
     "full": UniTune(FULL),
     "sdedit": SDEdit(),
+    "flowedit": FlowEdit(),
     "ddim-inversion": DDIMInversion(),
     "ledits++": LEdits(),
     "imagic": Imagic(),
