@@ -74,21 +74,26 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
-    """Seconds of a fit against successes of its edits."""
+    """Seconds of a fit against what its edits and its redrawn photo are worth."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5))
-    for key, axis in zip(("success", "psnr_truth"), axes, strict=True):
+    titles = {
+        "success": "share of successful edits",
+        "psnr_truth": "PSNR of edits to the truth, dB",
+        "reconstruction": "PSNR of the photo redrawn from noise, dB",
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 5))
+    for (key, title), axis in zip(titles.items(), axes, strict=True):
         for name, row in found.items():
             axis.plot(row["fit_seconds"], row[key], "s" if name == "default" else "o")
             axis.annotate(
                 name, (row["fit_seconds"], row[key]), fontsize=7, xytext=(4, 3), textcoords="offset points"
             )
-        axis.set_xlabel("seconds of a fit")
-        axis.set_ylabel({"success": "share of successful edits", "psnr_truth": "PSNR to the truth, dB"}[key])
+        axis.set(xlabel="seconds of a fit", ylabel=title)
+        axis.margins(x=0.2)
     figure.tight_layout()
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
