@@ -13,6 +13,7 @@ from PIL import Image
 
 from lora_unitune.errors import BaseModelError, DeviceError, RecipeError
 from lora_unitune.families import PARTS, Base, load_base, resolve_device
+from lora_unitune.families.sd import fingerprint
 from lora_unitune.photo import load_photo, photo_to_tensor
 
 
@@ -101,6 +102,19 @@ def test_the_fingerprint_follows_the_weights_but_not_the_place_or_dtype(
         pipeline.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
     pipeline.save_pretrained(copy)
     assert load_base(str(copy), "cpu").fingerprint != original
+
+
+def test_the_fingerprint_follows_the_noise_schedule_but_not_a_processors_rounding(base15: Base) -> None:
+    parts, scheduler = {**base15.parts, "vae": base15.vae}, base15.make_scheduler()
+    original = fingerprint(scheduler=scheduler, **parts)
+    scheduler.alphas_cumprod *= 1 + 2**-22
+    assert fingerprint(scheduler=scheduler, **parts) == original
+    other = type(scheduler).from_config(scheduler.config, beta_end=0.02)
+    assert fingerprint(scheduler=other, **parts) != original
+
+
+def test_pockets_fingerprint_is_the_same_on_every_computer(basepocket: Base) -> None:
+    assert basepocket.fingerprint == "9f67ee758debd1e1"
 
 
 def test_each_scheduler_is_fresh_and_has_the_bases_schedule(base15: Base, base21: Base) -> None:

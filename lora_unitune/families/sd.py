@@ -35,6 +35,14 @@ _UNET_SHAPE = (
 )
 _TEXT_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _VAE_SHAPE = ("block_out_channels", "latent_channels", "scaling_factor")
+_NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 _FINGERPRINT_ROWS = 1024
 
 
@@ -269,6 +277,9 @@ def _is_text(component: str) -> bool:
 def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> str:
     """Identifies a base by its shape, its noise schedule, and a few of its tensors as float32.
 
+    The schedule counts by the settings it is computed from: its numbers differ in the last bit between
+    processors, and a file made on one computer has to open on another.
+
     Returns:
         The first 16 hexadecimal digits of a SHA-256.
     """
@@ -277,8 +288,9 @@ def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> st
         **{name: _pick(part.config.to_dict(), _TEXT_SHAPE) for name, part in text_encoders.items()},
         "vae": _pick(vae.config, _VAE_SHAPE),
         "prediction_type": scheduler.config["prediction_type"],
+        "noise": [scheduler.config.get(key) or 0 for key in _NOISE_SCHEDULE],
     }
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=list).encode())
     tokens = [part.get_input_embeddings().weight[-_FINGERPRINT_ROWS:] for part in text_encoders.values()]
     sample = (
         unet.conv_in.weight,
@@ -286,7 +298,6 @@ def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> st
         vae.encoder.conv_in.weight,
         vae.decoder.conv_out.weight,
         tokens[0],
-        scheduler.alphas_cumprod,
         *tokens[1:],
     )
     for tensor in sample:
