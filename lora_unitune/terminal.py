@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ class Commands(click.Group):
         """Runs the command that was asked for."""
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # the libraries' notes to developers
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for a CPU that it lacks
         gc.set_threshold(10_000)  # importing makes objects that stay: looking for garbage took a fifth of it
         try:
             return super().invoke(ctx)
