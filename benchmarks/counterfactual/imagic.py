@@ -27,12 +27,12 @@ class Imagic(Unfitted):
     """
 
     grid = {
-        "mix": (0.9, 0.7, 0.8, 1.0),
-        "guidance": (5.0, 3.0, 4.0, 7.0),
-        "strength": (0.9, 1.0),
-        "unet_steps": (20, 10, 40),
+        "mix": (0.7, 0.6, 0.8, 0.9),
+        "guidance": (4.0, 2.0, 3.0, 5.0),
+        "strength": (1.0,),
+        "unet_rate": (5e-5, 2e-5, 1e-4),
     }
-    embedding_steps, embedding_rate, unet_rate, batch = 60, 2e-3, 2e-4, 4
+    embedding_steps, embedding_rate, unet_steps, batch = 60, 2e-3, 40, 4
     kept = 0  # fits; `tune` sets it, a run has each once
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Imagic(Unfitted):
         photo = load_photo(pair.image, editor.base.resolution)
         mean, std = editor.base.encode_photo(photo_to_tensor(photo))
         wanted = embeddings(editor, [pair.prompt])
-        found, learned = self._learn(editor, wanted, mean, std, seed, dials["unet_steps"])
+        found, learned = self._learn(editor, wanted, mean, std, seed, dials["unet_rate"])
         unet = editor.base.parts["unet"]
         with trainable(unet), torch.no_grad():
             for weight, value in zip(unet.parameters(), learned, strict=True):
@@ -56,10 +56,10 @@ class Imagic(Unfitted):
             return self._sample(editor, found.lerp(wanted, dials["mix"]), mean, seed, dials)
 
     def _learn(
-        self, editor: Editor, wanted: Tensor, mean: Tensor, std: Tensor, seed: int, steps: int
+        self, editor: Editor, wanted: Tensor, mean: Tensor, std: Tensor, seed: int, rate: float
     ) -> tuple[Tensor, list[Tensor]]:
         """The embedding and the UNet's weights of a pair; tuning keeps the last ones for its next dials."""
-        key = (editor.base.fingerprint, seed, steps, *(tensor.numpy().tobytes() for tensor in (wanted, mean)))
+        key = (editor.base.fingerprint, seed, rate, *(tensor.numpy().tobytes() for tensor in (wanted, mean)))
         if key not in self._learned:
             unet, generator = editor.base.parts["unet"], torch.Generator().manual_seed(seed)
             found = wanted.clone().requires_grad_(True)
@@ -67,7 +67,7 @@ class Imagic(Unfitted):
             found = found.detach()
             with trainable(unet):
                 weights = list(unet.parameters())
-                descend(editor, weights, self.unet_rate, steps, found, mean, std, generator)
+                descend(editor, weights, rate, self.unet_steps, found, mean, std, generator)
                 learned = [weight.detach().clone() for weight in weights]
             if not self.kept:
                 return found, learned

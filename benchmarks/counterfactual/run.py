@@ -194,7 +194,7 @@ def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> lis
     """Tries settings on the tuning list, best first: most successes, then nearest to the true pictures."""
     editor, method = Editor(base, device), METHODS[name]
     if isinstance(method, Imagic):
-        method.kept = EDITS_OF_PHOTO * len(method.grid["unet_steps"])
+        method.kept = EDITS_OF_PHOTO * len(method.grid["unet_rate"])
     tried = [(dials, list[dict[str, float]]()) for dials in settings_to_try(method, trials)]
     for number, group in photos(draw_pairs("tuning", pair_count)):
         fits = dict[str, Any]()
