@@ -226,7 +226,7 @@ def edit_command(
     \b
     Examples:
       lora-unitune edit photo.safetensors "a fox at night" -o out.png
-      lora-unitune edit photo.safetensors "a fox at night" -o out.png -n 4 --guidance 8
+      lora-unitune edit photo.safetensors "a fox at night" -o out.png -n 4 --guidance 4
       lora-unitune edit photo.safetensors "a pencil sketch" -o out.png --strength 0.8
     """
     from lora_unitune.output import check_output
