@@ -290,15 +290,14 @@ def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> st
         "prediction_type": scheduler.config["prediction_type"],
         "noise": [scheduler.config.get(key) or 0 for key in _NOISE_SCHEDULE],
     }
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=list).encode())
-    tokens = [part.get_input_embeddings().weight[-_FINGERPRINT_ROWS:] for part in text_encoders.values()]
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    tokens = (part.get_input_embeddings().weight[-_FINGERPRINT_ROWS:] for part in text_encoders.values())
     sample = (
         unet.conv_in.weight,
         unet.conv_out.weight,
         vae.encoder.conv_in.weight,
         vae.decoder.conv_out.weight,
-        tokens[0],
-        *tokens[1:],
+        *tokens,
     )
     for tensor in sample:
         digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
