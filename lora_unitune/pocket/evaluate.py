@@ -62,7 +62,7 @@ def draw(base: Base, prompts: list[str], seeds: list[int], settings: EditSetting
     for start in range(0, len(prompts), BATCH):
         texts = prompts[start : start + BATCH]
         pictures = editor.pixels(None, texts, "", None, seeds[start : start + BATCH], settings)
-        out.append((pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy())
+        out.append((pictures.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy())
         click.echo(f"{start + len(pictures)} of {len(prompts)} drawn", err=True)
     return np.concatenate(out)
 
@@ -77,11 +77,11 @@ def examine(
     return pictures, *judge(pictures, list(asked))
 
 
-def shares_right(pipeline: StableDiffusionPipeline, count: int = 64) -> dict[str, float]:
+def shares_right(pipeline: StableDiffusionPipeline, device: str, count: int = 64) -> dict[str, float]:
     """Share of each attribute that the examiner reads as asked for, of a few prompts; for logs."""
     names = ("unet", "vae", "tokenizer", "scheduler", "text_encoder")
     parts = {name: getattr(pipeline, name) for name in names}
-    base = StableDiffusionBase("pocket", **parts, device=torch.device("cpu"), dtype=torch.float32)
+    base = StableDiffusionBase("pocket", **parts, device=torch.device(device), dtype=torch.float32)
     _, rows, _ = examine(base, count, default_recipe("pocket", "sd").edit)
     return {field: parts["all"]["share"] for field, parts in rows.items() if parts["all"]["of"]}
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTextModel
 
 from ..objective import add_noise, stratified_timesteps, training_target
@@ -34,6 +35,7 @@ from .assembly import (
     build_tokenizer,
     build_unet,
     build_vae,
+    deepen,
     rare_words,
     save_pipeline,
 )
@@ -46,6 +48,8 @@ from .stage import Average, Stage
 
 READ = {"torch_dtype": torch.float32, "use_safetensors": True}
 HELD_OUT = 256  # scenes for the losses in the log
+LOG_EVERY = 50_000  # pictures between two rows of the UNet's log; each sixth has the examiner's scores
+WORKERS = 8  # processes that write captions for a GPU
 
 
 def _half(device: str) -> torch.autocast:
@@ -119,20 +123,28 @@ def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tens
     return state["mean"], state["std"], state["scale"]
 
 
-def caption_batches(
-    drawn: list[world.Scene], rare: list[str], batch: int, seed: int
-) -> Iterator[tuple[list[int], list[str]]]:
-    """Endless epochs of scene numbers and fresh captions, some with meaningless rare words before them."""
-    rng, order = random.Random(seed), list(range(len(drawn)))
-    while True:
-        rng.shuffle(order)
-        for start in range(0, len(order) - batch + 1, batch):
-            chosen = order[start : start + batch]
-            texts = [world.caption(drawn[i], rng) for i in chosen]
-            for i in range(batch):
-                if rng.random() < 0.12:
-                    texts[i] = " ".join([*rng.sample(rare, rng.randint(1, 3)), texts[i]]).strip()
-            yield chosen, texts
+class CaptionBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless epochs of scene numbers (batch,) and tokens (batch, length) of fresh captions for them.
+
+    Some captions have meaningless rare words before them. Each worker process shuffles on its own.
+    """
+
+    def __init__(self, drawn: list[world.Scene], tokenizer: Any, batch: int, seed: int) -> None:
+        self.drawn, self.tokenizer, self.batch, self.seed = drawn, tokenizer, batch, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        rare, order = rare_words(), list(range(len(self.drawn)))
+        while True:
+            rng.shuffle(order)
+            for start in range(0, len(order) - self.batch + 1, self.batch):
+                chosen = order[start : start + self.batch]
+                texts = [world.caption(self.drawn[i], rng) for i in chosen]
+                for i in range(self.batch):
+                    if rng.random() < 0.12:
+                        texts[i] = " ".join([*rng.sample(rare, rng.randint(1, 3)), texts[i]]).strip()
+                yield torch.tensor(chosen), tokens(self.tokenizer, texts)
 
 
 def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -166,13 +178,13 @@ def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
 
 
 def where_seen(weights: Tensor, timesteps: Tensor) -> Tensor:
-    """Takes weights (b, 1, h, w) as they are up to timestep 150, and evens them out up to 300.
+    """Takes weights (b, 1, h, w) as they are up to timestep 250, and evens them out up to 450.
 
     Where the noise hides the object, weights that follow it would count the scenes in which it covers a place
     four times, and those in which it doesn't once: the best prediction would show it larger, and everywhere
     at once.
     """
-    share = ((300 - timesteps.float()) / 150).clamp(0, 1).view(-1, 1, 1, 1)
+    share = ((450 - timesteps.float()) / 200).clamp(0, 1).view(-1, 1, 1, 1)
     return 1 + share * (weights - 1)
 
 
@@ -221,7 +233,8 @@ def train_unet(
     stage = Stage(work, "unet", minutes, peak, 0.5)
     drawn = [world.draw_scene(seed) for seed in range(count)]
     if start and not stage.file.exists():
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet", **READ).state_dict())
+        earlier = UNet2DConditionModel.from_pretrained(start / "unet", **READ)
+        unet.load_state_dict(deepen(earlier).state_dict())
         encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
         stage.go_on_counting()
     elif not stage.file.exists():
@@ -240,24 +253,27 @@ def train_unet(
     things["head"] = observer.head
     stage.resume(things)
     alphas, around = build_scheduler().alphas_cumprod.to(device), object_weights(drawn, mean.shape[-1])
-    labels, generator = poses_and_suns(drawn), torch.Generator().manual_seed(stage.step)
+    mean, std, around, labels = (t.to(device) for t in (mean, std, around, poses_and_suns(drawn)))
+    generator = torch.Generator().manual_seed(stage.step)
+    noises = torch.Generator(device).manual_seed(10**6 + stage.step)
     losses, seen = list[float](), list[float]()
-    batches = caption_batches(drawn, rare_words(), batch, stage.step)
+    ready = CaptionBatches(drawn, tokenizer, batch, stage.step)
+    batches = iter(DataLoader(ready, batch_size=None, num_workers=0 if device == "cpu" else WORKERS))
     predict = torch.compile(observer) if compiled else observer
     while stage.tick([muon, adam], batch):
-        chosen, texts = next(batches)
-        noise = torch.randn((2, batch, *mean.shape[1:]), generator=generator)
-        clean = ((mean[chosen].float() + std[chosen].float() * noise[0]) * scale).to(device)
+        chosen, ids = (t.to(device) for t in next(batches))
+        noise = torch.randn((2, batch, *mean.shape[1:]), generator=noises, device=device)
+        clean = (mean[chosen].float() + std[chosen].float() * noise[0]) * scale
         steps = concentrate(stratified_timesteps(batch, 1000, generator)).to(device)
-        noisy = add_noise(clean, noise[1].to(device), steps, alphas)
+        noisy = add_noise(clean, noise[1], steps, alphas)
         with _half(device):
-            embedded = encoder(tokens(tokenizer, texts).to(device)).last_hidden_state
+            embedded = encoder(ids).last_hidden_state
             v, names = predict(noisy.to(memory_format=torch.channels_last), steps, embedded)
-        target = training_target(clean, noise[1].to(device), steps, alphas, "v_prediction")
-        error = (v.float() - target).square() * where_seen(around[chosen].to(device), steps)
+        target = training_target(clean, noise[1], steps, alphas, "v_prediction")
+        error = (v.float() - target).square() * where_seen(around[chosen], steps)
         loss = (error.mean((1, 2, 3)) * weights_of_timesteps(steps, alphas)).mean()
         pose, sun = names.float().split((len(POSES), len(SUNS)), dim=1)
-        told = labels[chosen].to(device)
+        told = labels[chosen]
         lesson = F.cross_entropy(pose, told[:, 0]) + F.cross_entropy(sun, told[:, 1])
         muon.zero_grad()
         adam.zero_grad()
@@ -268,10 +284,11 @@ def train_unet(
         average.update()
         losses.append(loss.item())
         seen += (pose.argmax(1) == told[:, 0])[(steps >= 500) & (steps < 800)].tolist()
-        if stage.step % 500 == 0:
+        rows = stage.pictures // LOG_EVERY
+        if rows > (stage.pictures - batch) // LOG_EVERY:
             row = {"pose": float(np.mean(seen))} | held_out_errors(work, average, tokenizer, device)
-            if stage.step % 1000 == 0:
-                row |= evaluate.shares_right(pipeline_of(work, scale, average.kept, tokenizer))
+            if rows % 6 == 0:
+                row |= evaluate.shares_right(pipeline_of(work, scale, average.kept, tokenizer), device)
             stage.log(loss=float(np.mean(losses)), **row)
             losses.clear()
             seen.clear()
