@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from lora_unitune.families import POCKET_FOLDER
 from lora_unitune.pocket import world
 from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, build_unet, deepen, rare_words
 from lora_unitune.pocket.drawing import SUNS
@@ -81,6 +82,14 @@ def test_training_goes_on_where_it_stopped(trained: Path) -> None:
     assert {"right", "none", "wrong"} <= rows[-1].keys()
     vae = [json.loads(line)["step"] for line in (trained / "vae.jsonl").read_text().splitlines()]
     assert len(vae) == len(set(vae))
+
+
+def test_weights_of_another_depth_are_not_averaged(trained: Path, tmp_path: Path) -> None:
+    command = ["export", str(trained), str(tmp_path / "base"), "--scenes", "64", "--average-with"]
+    result = CliRunner().invoke(main, [*command, str(POCKET_FOLDER)])
+    assert result.exit_code == 1
+    assert "has 1 layers a block" in result.output
+    assert not (tmp_path / "base").exists()
 
 
 def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path) -> None:

@@ -114,11 +114,9 @@ def deepen(shallow: UNet2DConditionModel) -> UNet2DConditionModel:
     the last: it takes the skip connection of the level above.
     """
     deep, known = build_unet(), shallow.state_dict()
-    if shallow.config["layers_per_block"] == 2:
-        deep.load_state_dict(known)
-        return deep
-    state = deep.state_dict()
-    for name, tensor in state.items():
+    if shallow.config["layers_per_block"] == deep.config["layers_per_block"]:
+        return shallow
+    for name, tensor in deep.state_dict().items():
         source = re.sub(r"^(up_blocks\.\d+\.\w+)\.2\.", r"\1.1.", name)
         new = re.match(r"(up|down)_blocks\.\d+\.(resnets|attentions)\.1\.", name)
         if not new:
@@ -127,7 +125,6 @@ def deepen(shallow: UNet2DConditionModel) -> UNet2DConditionModel:
             tensor.copy_(torch.eye(*tensor.shape[:2])[:, :, None, None])
         elif re.search(r"\.(conv2|proj_out|conv_shortcut)\.", name):
             tensor.zero_()
-    deep.load_state_dict(state)
     return deep
 
 

@@ -316,9 +316,15 @@ def export(work: Path, folder: Path, count: int, other: Path | None) -> None:
     for name, part in kept.items():
         part.load_state_dict(state[name])
     if other:
-        theirs = UNet2DConditionModel.from_pretrained(other / "unet", **READ).parameters()
+        theirs = UNet2DConditionModel.from_pretrained(other / "unet", **READ)
+        layers = [unet.config["layers_per_block"] for unet in (theirs, kept["unet"])]
+        if layers[0] != layers[1]:
+            raise click.ClickException(
+                f"the UNet of {other} has {layers[0]} layers a block, that of {work} {layers[1]}; "
+                "give a folder whose UNet has as many"
+            )
         with torch.no_grad():
-            torch._foreach_lerp_(list(kept["unet"].parameters()), list(theirs), 0.5)
+            torch._foreach_lerp_(list(kept["unet"].parameters()), list(theirs.parameters()), 0.5)
     _, _, scale = encode_scenes(work, "train", count, "cpu")
     save_pipeline(pipeline_of(work, scale, kept, tokenizer), folder)
     copy_logs(work, folder)
@@ -344,7 +350,8 @@ def main() -> None:
 @click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
-    help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet learn on, the text encoder not.",
+    help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet (grown to two layers a block) "
+    "learn on, the text encoder not.",
 )
 def run_all(
     work: Path,
