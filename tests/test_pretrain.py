@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from lora_unitune.families import POCKET_FOLDER
 from lora_unitune.pocket import world
-from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, build_unet, deepen, rare_words
+from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, rare_words
 from lora_unitune.pocket.drawing import SUNS
 from lora_unitune.pocket.lessons import poses_and_suns
 from lora_unitune.pocket.pretrain import main, weights_of_timesteps
@@ -60,36 +59,12 @@ def test_lessons_name_what_is_in_the_picture() -> None:
         assert int(np.argmax(shares)) == labels[i, 1]
 
 
-def test_a_deepened_unet_computes_what_it_did_and_can_learn_more() -> None:
-    torch.manual_seed(0)
-    shallow = UNet2DConditionModel.from_config({**build_unet().config, "layers_per_block": 1}).eval()
-    deep = deepen(shallow).eval()
-    given = torch.randn(2, 4, 16, 16), torch.tensor([100, 900]), torch.randn(2, 32, 128)
-    assert torch.allclose(deep(*given).sample, shallow(*given).sample, atol=1e-5)
-    deep(*given).sample.square().mean().backward()
-    grown = {name: p.grad for name, p in deep.named_parameters() if name not in shallow.state_dict()}
-    assert len(grown) > 100
-    for name, gradient in grown.items():
-        assert gradient is not None, name
-    assert any(gradient.abs().max() > 0 for gradient in grown.values() if gradient is not None)
-    again = deepen(deep)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), deep.parameters(), strict=True))
-
-
 def test_training_goes_on_where_it_stopped(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "unet.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] > rows[-2]["step"]
     assert {"right", "none", "wrong"} <= rows[-1].keys()
     vae = [json.loads(line)["step"] for line in (trained / "vae.jsonl").read_text().splitlines()]
     assert len(vae) == len(set(vae))
-
-
-def test_weights_of_another_depth_are_not_averaged(trained: Path, tmp_path: Path) -> None:
-    command = ["export", str(trained), str(tmp_path / "base"), "--scenes", "64", "--average-with"]
-    result = CliRunner().invoke(main, [*command, str(POCKET_FOLDER)])
-    assert result.exit_code == 1
-    assert "has 1 layers a block" in result.output
-    assert not (tmp_path / "base").exists()
 
 
 def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path) -> None:

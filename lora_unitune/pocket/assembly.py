@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -101,31 +99,10 @@ def build_unet() -> UNet2DConditionModel:
         block_out_channels=(64, 128, 192),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
+        layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,
     )
-
-
-def deepen(shallow: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A UNet as `build_unet` builds it that computes what one with one layer a block does.
-
-    In each block the new layer is the second and begins as the identity. The last layer of an up block stays
-    the last: it takes the skip connection of the level above.
-    """
-    deep, known = build_unet(), shallow.state_dict()
-    if shallow.config["layers_per_block"] == deep.config["layers_per_block"]:
-        return shallow
-    for name, tensor in deep.state_dict().items():
-        source = re.sub(r"^(up_blocks\.\d+\.\w+)\.2\.", r"\1.1.", name)
-        new = re.match(r"(up|down)_blocks\.\d+\.(resnets|attentions)\.1\.", name)
-        if not new:
-            tensor.copy_(known[source])
-        elif "conv_shortcut.weight" in name:  # the first half of its input is what it passes on
-            tensor.copy_(torch.eye(*tensor.shape[:2])[:, :, None, None])
-        elif re.search(r"\.(conv2|proj_out|conv_shortcut)\.", name):
-            tensor.zero_()
-    return deep
 
 
 def build_scheduler() -> DDIMScheduler:

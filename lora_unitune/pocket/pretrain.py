@@ -35,7 +35,6 @@ from .assembly import (
     build_tokenizer,
     build_unet,
     build_vae,
-    deepen,
     rare_words,
     save_pipeline,
 )
@@ -234,7 +233,7 @@ def train_unet(
     drawn = [world.draw_scene(seed) for seed in range(count)]
     if start and not stage.file.exists():
         earlier = UNet2DConditionModel.from_pretrained(start / "unet", **READ)
-        unet.load_state_dict(deepen(earlier).state_dict())
+        unet.load_state_dict(earlier.state_dict())
         encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
         stage.go_on_counting()
     elif not stage.file.exists():
@@ -317,12 +316,6 @@ def export(work: Path, folder: Path, count: int, other: Path | None) -> None:
         part.load_state_dict(state[name])
     if other:
         theirs = UNet2DConditionModel.from_pretrained(other / "unet", **READ)
-        layers = [unet.config["layers_per_block"] for unet in (theirs, kept["unet"])]
-        if layers[0] != layers[1]:
-            raise click.ClickException(
-                f"the UNet of {other} has {layers[0]} layers a block, that of {work} {layers[1]}; "
-                "give a folder whose UNet has as many"
-            )
         with torch.no_grad():
             torch._foreach_lerp_(list(kept["unet"].parameters()), list(theirs.parameters()), 0.5)
     _, _, scale = encode_scenes(work, "train", count, "cpu")
@@ -350,8 +343,7 @@ def main() -> None:
 @click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
-    help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet (grown to two layers a block) "
-    "learn on, the text encoder not.",
+    help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet learn on, the text encoder not.",
 )
 def run_all(
     work: Path,
