@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from lora_unitune.pocket import world
-from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, rare_words
+from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, build_unet, rare_words
 from lora_unitune.pocket.drawing import SUNS
 from lora_unitune.pocket.lessons import poses_and_suns
 from lora_unitune.pocket.pretrain import main, weights_of_timesteps
@@ -65,6 +65,16 @@ def test_training_goes_on_where_it_stopped(trained: Path) -> None:
     assert {"right", "none", "wrong"} <= rows[-1].keys()
     vae = [json.loads(line)["step"] for line in (trained / "vae.jsonl").read_text().splitlines()]
     assert len(vae) == len(set(vae))
+
+
+def test_weights_of_another_depth_are_not_averaged(trained: Path, tmp_path: Path) -> None:
+    deep = UNet2DConditionModel.from_config({**build_unet().config, "layers_per_block": 2})
+    deep.save_pretrained(tmp_path / "deep" / "unet")
+    command = ["export", str(trained), str(tmp_path / "base"), "--scenes", "64", "--average-with"]
+    result = CliRunner().invoke(main, [*command, str(tmp_path / "deep")])
+    assert result.exit_code == 1
+    assert "has 2 layers a block" in result.output
+    assert not (tmp_path / "base").exists()
 
 
 def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path) -> None:

@@ -187,6 +187,18 @@ def where_seen(weights: Tensor, timesteps: Tensor) -> Tensor:
     return 1 + share * (weights - 1)
 
 
+def earlier_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder; one with another number of layers a block is refused."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **READ)
+    given, wanted = (u.config["layers_per_block"] for u in (unet, build_unet()))
+    if given != wanted:
+        raise click.ClickException(
+            f"the UNet of {folder} has {given} layers a block, this one {wanted}; "
+            "give a folder whose UNet has as many"
+        )
+    return unet
+
+
 @torch.no_grad()
 def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -> dict[str, float]:
     """Error of the predicted clean latent with the right caption, none, and a wrong one."""
@@ -232,8 +244,7 @@ def train_unet(
     stage = Stage(work, "unet", minutes, peak, 0.5)
     drawn = [world.draw_scene(seed) for seed in range(count)]
     if start and not stage.file.exists():
-        earlier = UNet2DConditionModel.from_pretrained(start / "unet", **READ)
-        unet.load_state_dict(earlier.state_dict())
+        unet.load_state_dict(earlier_unet(start).state_dict())
         encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
         stage.go_on_counting()
     elif not stage.file.exists():
@@ -315,7 +326,7 @@ def export(work: Path, folder: Path, count: int, other: Path | None) -> None:
     for name, part in kept.items():
         part.load_state_dict(state[name])
     if other:
-        theirs = UNet2DConditionModel.from_pretrained(other / "unet", **READ)
+        theirs = earlier_unet(other)
         with torch.no_grad():
             torch._foreach_lerp_(list(kept["unet"].parameters()), list(theirs.parameters()), 0.5)
     _, _, scale = encode_scenes(work, "train", count, "cpu")
