@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click import ClickException
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
@@ -14,14 +15,14 @@ from lora_unitune.pocket import world
 from lora_unitune.pocket.assembly import build_scheduler, build_tokenizer, build_unet, rare_words
 from lora_unitune.pocket.drawing import SUNS
 from lora_unitune.pocket.lessons import poses_and_suns
-from lora_unitune.pocket.pretrain import main, weights_of_timesteps
+from lora_unitune.pocket.pretrain import earlier_unet, main, weights_of_timesteps
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("pretrain")
     command = ["all", str(work), "--scenes", "64", "--vae-minutes", "0.01", "--unet-minutes"]
-    for minutes in ("0.02", "0.04"):
+    for minutes in ("0.05", "0.15"):
         result = CliRunner().invoke(main, [*command, minutes], catch_exceptions=False)
         assert result.exit_code == 0
     return work
@@ -67,14 +68,17 @@ def test_training_goes_on_where_it_stopped(trained: Path) -> None:
     assert len(vae) == len(set(vae))
 
 
-def test_weights_of_another_depth_are_not_averaged(trained: Path, tmp_path: Path) -> None:
+def test_every_part_of_the_unet_gets_a_gradient(trained: Path) -> None:
+    state = torch.load(trained / "unet.pt", weights_only=True)["muon"]
+    assert len(state["state"]) == len(state["param_groups"][0]["params"])
+    assert all(one["momentum"].norm() > 0 for one in state["state"].values())
+
+
+def test_training_does_not_start_from_weights_of_another_depth(tmp_path: Path) -> None:
     deep = UNet2DConditionModel.from_config({**build_unet().config, "layers_per_block": 2})
-    deep.save_pretrained(tmp_path / "deep" / "unet")
-    command = ["export", str(trained), str(tmp_path / "base"), "--scenes", "64", "--average-with"]
-    result = CliRunner().invoke(main, [*command, str(tmp_path / "deep")])
-    assert result.exit_code == 1
-    assert "has 2 layers a block" in result.output
-    assert not (tmp_path / "base").exists()
+    deep.save_pretrained(tmp_path / "unet")
+    with pytest.raises(ClickException, match="has 2 layers a block"):
+        earlier_unet(tmp_path)
 
 
 def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path) -> None:

@@ -230,7 +230,6 @@ def train_unet(
     batch: int,
     peak: float,
     start: Path | None,
-    compiled: bool,
 ) -> None:
     """UNet and text encoder together (from a start, the UNet alone), on latents from the VAE's posteriors."""
     torch.manual_seed(0)
@@ -269,16 +268,15 @@ def train_unet(
     losses, seen = list[float](), list[float]()
     ready = CaptionBatches(drawn, tokenizer, batch, stage.step)
     batches = iter(DataLoader(ready, batch_size=None, num_workers=0 if device == "cpu" else WORKERS))
-    predict = torch.compile(observer) if compiled else observer
     while stage.tick([muon, adam], batch):
         chosen, ids = (t.to(device) for t in next(batches))
         noise = torch.randn((2, batch, *mean.shape[1:]), generator=noises, device=device)
         clean = (mean[chosen].float() + std[chosen].float() * noise[0]) * scale
         steps = concentrate(stratified_timesteps(batch, 1000, generator)).to(device)
         noisy = add_noise(clean, noise[1], steps, alphas)
-        with _half(device):
+        with _half(device):  # never compiled: with torch 2.13, most of the UNet got no gradient at all
             embedded = encoder(ids).last_hidden_state
-            v, names = predict(noisy.to(memory_format=torch.channels_last), steps, embedded)
+            v, names = observer(noisy.to(memory_format=torch.channels_last), steps, embedded)
         target = training_target(clean, noise[1], steps, alphas, "v_prediction")
         error = (v.float() - target).square() * where_seen(around[chosen], steps)
         loss = (error.mean((1, 2, 3)) * weights_of_timesteps(steps, alphas)).mean()
@@ -315,20 +313,13 @@ def pipeline_of(work: Path, scale: float, kept: dict[str, Any], tokenizer: Any) 
     return assemble({"vae": vae, "tokenizer": tokenizer, **parts})
 
 
-def export(work: Path, folder: Path, count: int, other: Path | None) -> None:
-    """Writes the averaged weights as a diffusers pipeline folder; with others, the UNet half-way to theirs.
-
-    Half-way, weights from one long training can be better than at both ends (arXiv 2203.05482).
-    """
+def export(work: Path, folder: Path, count: int) -> None:
+    """Writes the averaged weights as a diffusers pipeline folder."""
     made_at, tokenizer = commit(), build_tokenizer()
     kept = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
     state = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["average"]["kept"]
     for name, part in kept.items():
         part.load_state_dict(state[name])
-    if other:
-        theirs = earlier_unet(other)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(kept["unet"].parameters()), list(theirs.parameters()), 0.5)
     _, _, scale = encode_scenes(work, "train", count, "cpu")
     save_pipeline(pipeline_of(work, scale, kept, tokenizer), folder)
     copy_logs(work, folder)
@@ -349,9 +340,6 @@ def main() -> None:
 @click.option("--peak", default=1.2e-3, show_default=True, help="Highest learning rate of the UNet.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
-    "--compile", "compiled", is_flag=True, help="Compile the UNet: minutes, which pay in long runs."
-)
-@click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
     help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet learn on, the text encoder not.",
@@ -365,7 +353,6 @@ def run_all(
     peak: float,
     device: str,
     start: Path | None,
-    compiled: bool,
 ) -> None:
     """Draws the scenes and runs every stage, going on where it stopped."""
     work.mkdir(parents=True, exist_ok=True)
@@ -373,22 +360,16 @@ def run_all(
     if start and not (work / "vae.jsonl").exists():
         copy_logs(start, work)
     train_vae(work, count, vae_minutes, device, start)
-    train_unet(work, count, unet_minutes, device, batch, peak, start, compiled)
+    train_unet(work, count, unet_minutes, device, batch, peak, start)
 
 
 @main.command("export")
 @click.argument("work", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--scenes", "count", default=40000, show_default=True)
-@click.option(
-    "--average-with",
-    "other",
-    type=click.Path(path_type=Path, exists=True),
-    help="Folder of earlier weights: write the UNet half-way between the two.",
-)
-def run_export(work: Path, folder: Path, count: int, other: Path | None) -> None:
+def run_export(work: Path, folder: Path, count: int) -> None:
     """Writes the newest weights as a diffusers pipeline."""
-    export(work, folder, count, other)
+    export(work, folder, count)
 
 
 if __name__ == "__main__":
