@@ -60,8 +60,8 @@ def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
 class Observer(nn.Module):
     """A UNet that also has to name, from its middle, what the noise hides: the object's pose, and the sun.
 
-    The error of the picture alone teaches a small UNet to see these only once the noise is almost gone; until
-    then it draws several poses into one another. The names are a lesson as in representation alignment
+    The error of the picture alone taught a UNet of which half had no gradient (see the weights' provenance) to see
+    these only once the noise was almost gone; until then it drew several poses into one another. The names are a lesson as in representation alignment
     (arXiv 2410.06940), where features align with what we know of the scene; the head isn't kept.
     """
 
