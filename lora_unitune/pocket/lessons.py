@@ -60,8 +60,9 @@ def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
 class Observer(nn.Module):
     """A UNet that also has to name, from its middle, what the noise hides: the object's pose, and the sun.
 
-    The error of the picture alone taught a UNet of which half had no gradient (see the weights' provenance) to see
-    these only once the noise was almost gone; until then it drew several poses into one another. The names are a lesson as in representation alignment
+    A UNet of which half got no gradient (see the weights' provenance) saw these only once the noise was
+    almost gone, and drew several poses into one another until then. Whether one that learns as a whole needs
+    to be told isn't measured. The names are a lesson as in representation alignment
     (arXiv 2410.06940), where features align with what we know of the scene; the head isn't kept.
     """
 
