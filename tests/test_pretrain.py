@@ -78,7 +78,7 @@ def test_training_does_not_start_from_weights_of_another_depth(tmp_path: Path) -
     deep = UNet2DConditionModel.from_config({**build_unet().config, "layers_per_block": 2})
     deep.save_pretrained(tmp_path / "unet")
     with pytest.raises(ClickException, match="has 2 layers a block"):
-        earlier_unet(tmp_path)
+        earlier_unet(tmp_path, 1)
 
 
 def test_the_export_is_a_plain_diffusers_pipeline(trained: Path, tmp_path: Path) -> None:

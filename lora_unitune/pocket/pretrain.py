@@ -187,10 +187,10 @@ def where_seen(weights: Tensor, timesteps: Tensor) -> Tensor:
     return 1 + share * (weights - 1)
 
 
-def earlier_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet of a pipeline folder; one with another number of layers a block is refused."""
+def earlier_unet(folder: Path, wanted: int) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder; one with another number of layers a block than wanted is refused."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", **READ)
-    given, wanted = (u.config["layers_per_block"] for u in (unet, build_unet()))
+    given = unet.config["layers_per_block"]
     if given != wanted:
         raise click.ClickException(
             f"the UNet of {folder} has {given} layers a block, this one {wanted}; "
@@ -243,7 +243,7 @@ def train_unet(
     stage = Stage(work, "unet", minutes, peak, 0.5)
     drawn = [world.draw_scene(seed) for seed in range(count)]
     if start and not stage.file.exists():
-        unet.load_state_dict(earlier_unet(start).state_dict())
+        unet.load_state_dict(earlier_unet(start, unet.config["layers_per_block"]).state_dict())
         encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
         stage.go_on_counting()
     elif not stage.file.exists():
@@ -274,7 +274,7 @@ def train_unet(
         clean = (mean[chosen].float() + std[chosen].float() * noise[0]) * scale
         steps = concentrate(stratified_timesteps(batch, 1000, generator)).to(device)
         noisy = add_noise(clean, noise[1], steps, alphas)
-        with _half(device):  # never compiled: with torch 2.13, most of the UNet got no gradient at all
+        with _half(device):  # never compiled: with torch 2.13, half of the UNet got no gradient at all
             embedded = encoder(ids).last_hidden_state
             v, names = observer(noisy.to(memory_format=torch.channels_last), steps, embedded)
         target = training_target(clean, noise[1], steps, alphas, "v_prediction")
