@@ -1,10 +1,11 @@
 """Trains the pocket base from nothing: scenes, then VAE, then text encoder and UNet.
 
-    python -m lora_unitune.pocket.pretrain all WORK_FOLDER --vae-minutes 20 --unet-minutes 120
+    python -m lora_unitune.pocket.pretrain all WORK_FOLDER
     python -m lora_unitune.pocket.pretrain export WORK_FOLDER lora_unitune/pocket/weights
 
 Every stage keeps its state in the work folder, and goes on from there when it is run again.
 Each stage's learning rate follows the share of its minutes that is used up. `export` may run at any time.
+The defaults are those that the shipped weights came from.
 """
 
 from __future__ import annotations
@@ -334,10 +335,10 @@ def main() -> None:
 @main.command("all")
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--scenes", "count", default=40000, show_default=True, help="Training scenes to draw.")
-@click.option("--vae-minutes", default=20.0, show_default=True)
-@click.option("--unet-minutes", default=120.0, show_default=True)
-@click.option("--batch", default=32, show_default=True, help="Pictures a step of the UNet.")
-@click.option("--peak", default=1.2e-3, show_default=True, help="Highest learning rate of the UNet.")
+@click.option("--vae-minutes", default=25.0, show_default=True)
+@click.option("--unet-minutes", default=92.0, show_default=True)
+@click.option("--batch", default=64, show_default=True, help="Pictures a step of the UNet.")
+@click.option("--peak", default=1e-3, show_default=True, help="Highest learning rate of the UNet.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--start",

@@ -96,7 +96,7 @@ def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
         "",
         "Trained from nothing, by this project, on scenes it draws itself:",
         "",
-        "    python -m lora_unitune.pocket.pretrain all WORK --vae-minutes V --unet-minutes U",
+        "    python -m lora_unitune.pocket.pretrain all WORK",
         "    python -m lora_unitune.pocket.pretrain export WORK lora_unitune/pocket/weights",
         "",
         "and to train them further (the text encoder then stays as it is):",
