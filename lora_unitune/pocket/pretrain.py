@@ -48,7 +48,7 @@ from .stage import Average, Stage
 
 READ = {"torch_dtype": torch.float32, "use_safetensors": True}
 HELD_OUT = 256  # scenes for the losses in the log
-LOG_EVERY = 50_000  # pictures between two rows of the UNet's log; each sixth has the examiner's scores
+LOG_EVERY = 50_000  # pictures between two rows of the UNet's log; each second has the examiner's scores
 WORKERS = 8  # processes that write captions for a GPU
 
 
@@ -296,7 +296,7 @@ def train_unet(
         rows = stage.pictures // LOG_EVERY
         if rows > (stage.pictures - batch) // LOG_EVERY:
             row = {"pose": float(np.mean(seen))} | held_out_errors(work, average, tokenizer, device)
-            if rows % 6 == 0:
+            if rows % 2 == 0:
                 row |= evaluate.shares_right(pipeline_of(work, scale, average.kept, tokenizer), device)
             stage.log(loss=float(np.mean(losses)), **row)
             losses.clear()

@@ -223,7 +223,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     parts = []
     if rng.random() < 0.94:
         words = rng.choice(OBJECT_WORDS[scene.object])
-        parts.append(_phrase(scene, words, colour=rng.random() < 0.85, scale=rng.random() < 0.2))
+        parts.append(_phrase(scene, words, colour=rng.random() < 0.85, scale=rng.random() < 0.1))
         if scene.companion and rng.random() < 0.85:
             parts.append("and " + _with_article(scene.companion))
         if rng.random() < 0.5:
