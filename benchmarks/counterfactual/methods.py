@@ -45,7 +45,7 @@ class UniTune:
     def __post_init__(self) -> None:
         edit = default_recipe("pocket", "sd").edit
         self.grid = {
-            "adapter_scale": tuple(dict.fromkeys((edit.adapter_scale, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35))),
+            "adapter_scale": tuple(dict.fromkeys((edit.adapter_scale, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3))),
             "guidance": (edit.guidance, 3.0),
             "guidance_start": (edit.guidance_start,),
             "guidance_stop": (edit.guidance_stop,),

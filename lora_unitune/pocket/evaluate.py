@@ -193,16 +193,24 @@ def vae(obj: Any) -> None:
 @main.command()
 @click.pass_obj
 def diversity(obj: Any) -> None:
-    """64 seeds of "a dog": spread of position and size, and distance to the nearest training scene."""
+    """64 seeds of "a dog": spread of position and size, and distance to the nearest training scene.
+
+    Held-out scenes tell how near two scenes come that aren't the same.
+    """
     drawn = draw(obj[0], ["a dog"] * 64, list(range(64)), obj[1])
     dogs = [scene for scene in map(world.draw_scene, range(40000)) if scene.object == "dog"]
     training = renders(dogs)
     for name, pictures in {"samples": drawn, "training": training[:500]}.items():
         reading = examiner.read(pictures)
         click.echo(f"{name}: deviation of x {reading.x.std():.3f}, of size {reading.size.std():.3f}")
+    others = [scene for i in range(2500) if (scene := world.draw_scene(i, "held-out")).object == "dog"]
     flat = training.reshape(len(training), -1).astype(np.float32)
-    nearest = [float(np.sqrt(((flat - one.reshape(-1)) ** 2).mean(1)).min()) for one in drawn]
-    click.echo(f"nearest training dog: {min(nearest):.1f} of 255 at least, {np.mean(nearest):.1f} on average")
+    for name, pictures in {"samples": drawn, "held-out scenes": renders(others[:64])}.items():
+        nearest = [float(np.sqrt(((flat - one.reshape(-1)) ** 2).mean(1)).min()) for one in pictures]
+        click.echo(
+            f"{name}: nearest training dog {min(nearest):.1f} of 255 away at least, "
+            f"{np.mean(nearest):.1f} on average"
+        )
 
 
 @main.command()

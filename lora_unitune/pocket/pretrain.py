@@ -5,7 +5,7 @@
 
 Every stage keeps its state in the work folder, and goes on from there when it is run again.
 Each stage's learning rate follows the share of its minutes that is used up. `export` may run at any time.
-The defaults are those that the shipped weights came from.
+The defaults made a base from nothing; the shipped weights learned on from it, as their PROVENANCE.md tells.
 """
 
 from __future__ import annotations
