@@ -190,6 +190,11 @@ def vae(obj: Any) -> None:
     click.echo(f"photos {np.mean(values):.2f} dB")
 
 
+def _dogs(split: str, count: int) -> list[world.Scene]:
+    """The dogs among the first scenes of a split."""
+    return [scene for i in range(count) if (scene := world.draw_scene(i, split)).object == "dog"]
+
+
 @main.command()
 @click.pass_obj
 def diversity(obj: Any) -> None:
@@ -198,14 +203,12 @@ def diversity(obj: Any) -> None:
     Held-out scenes tell how near two scenes come that aren't the same.
     """
     drawn = draw(obj[0], ["a dog"] * 64, list(range(64)), obj[1])
-    dogs = [scene for scene in map(world.draw_scene, range(40000)) if scene.object == "dog"]
-    training = renders(dogs)
+    training, held_out = renders(_dogs("train", 40000)), renders(_dogs("held-out", 2500)[:64])
     for name, pictures in {"samples": drawn, "training": training[:500]}.items():
         reading = examiner.read(pictures)
         click.echo(f"{name}: deviation of x {reading.x.std():.3f}, of size {reading.size.std():.3f}")
-    others = [scene for i in range(2500) if (scene := world.draw_scene(i, "held-out")).object == "dog"]
     flat = training.reshape(len(training), -1).astype(np.float32)
-    for name, pictures in {"samples": drawn, "held-out scenes": renders(others[:64])}.items():
+    for name, pictures in {"samples": drawn, "held-out scenes": held_out}.items():
         nearest = [float(np.sqrt(((flat - one.reshape(-1)) ** 2).mean(1)).min()) for one in pictures]
         click.echo(
             f"{name}: nearest training dog {min(nearest):.1f} of 255 away at least, "
