@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lora_unitune import Editor, fit
-from lora_unitune.compress import Layer, compress, effect_lost, take_apart
+from lora_unitune.adapter.compress import Layer, compress, effect_lost, take_apart
 
 from .counterfactual.measures import measure
 from .counterfactual.methods import METHODS

@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from lora_unitune import Editor, fit
-from lora_unitune.score import psnr
+from lora_unitune.editing.score import psnr
 
 from .counterfactual.measures import measure
 from .counterfactual.methods import FULL, METHODS

@@ -17,10 +17,10 @@ import click
 import numpy as np
 
 from lora_unitune import Editor, fit
+from lora_unitune.editing.score import psnr
 from lora_unitune.output import write_atomically
 from lora_unitune.pocket.world import draw_scene, render
 from lora_unitune.recipe import default_recipe
-from lora_unitune.score import psnr
 
 from .origin import origin
 

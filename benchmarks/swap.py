@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lora_unitune import Adapter, Recipe, adapters
+from lora_unitune import Adapter, Recipe
+from lora_unitune.adapter import layers
+from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.families import Base
-from lora_unitune.mount import Mount
 from lora_unitune.output import write_atomically
 from lora_unitune.recipe import default_recipe
 
@@ -34,9 +35,9 @@ from .origin import origin
 
 def random_adapters(base: Base, recipe: Recipe, count: int) -> list[Adapter]:
     """Adapters of one layout with random tensors."""
-    adapters.attach(base, recipe.lora)
-    shapes = {key: tensor.shape for key, tensor in adapters.collect(base).items()}
-    adapters.detach(base)
+    layers.attach(base, recipe.lora)
+    shapes = {key: tensor.shape for key, tensor in layers.collect(base).items()}
+    layers.detach(base)
     generator = torch.Generator().manual_seed(0)
     made = Adapter(
         tensors={},

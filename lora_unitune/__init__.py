@@ -15,9 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_unitune.adapter_file import Adapter as Adapter
-    from lora_unitune.edit import Edit as Edit
-    from lora_unitune.edit import Editor as Editor
+    from lora_unitune.adapter.adapter import Adapter as Adapter
+    from lora_unitune.editing.editor import Edit as Edit
+    from lora_unitune.editing.editor import Editor as Editor
     from lora_unitune.errors import AdapterFileError as AdapterFileError
     from lora_unitune.errors import BaseModelError as BaseModelError
     from lora_unitune.errors import DeviceError as DeviceError
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from lora_unitune.errors import SettingError as SettingError
     from lora_unitune.errors import UnituneError as UnituneError
     from lora_unitune.recipe import Recipe as Recipe
-    from lora_unitune.train import fit as fit
+    from lora_unitune.training.fit import fit as fit
 
 __version__ = "0.1.0"
 
 _ROOM_OF = {
-    "Adapter": "adapter_file",
+    "Adapter": "adapter.adapter",
     "AdapterFileError": "errors",
     "BaseModelError": "errors",
     "DeviceError": "errors",
-    "Edit": "edit",
-    "Editor": "edit",
+    "Edit": "editing.editor",
+    "Editor": "editing.editor",
     "HubError": "errors",
     "OutputError": "errors",
     "PhotoError": "errors",
@@ -48,7 +48,7 @@ _ROOM_OF = {
     "RecipeError": "errors",
     "SettingError": "errors",
     "UnituneError": "errors",
-    "fit": "train",
+    "fit": "training.fit",
 }
 
 __all__ = [*_ROOM_OF, "__version__"]

@@ -98,7 +98,7 @@ class FitSettings(_Checked):
         gradient_accumulation: Forward passes per optimizer step.
         unet_learning_rate: Learning rate of the UNet's adapters.
         text_encoder_learning_rate: Learning rate of the text encoders' adapters.
-        optimizer: Name of an optimizer, see `lora_unitune.optimizers`; "auto" is adamw, or adamw8bit for many
+        optimizer: Name of an optimizer, see `training/optimizers.py`; "auto" is adamw, or adamw8bit for many
             weights on a GPU.
         weight_decay: Decoupled weight decay.
         max_gradient_norm: Gradients are clipped to this norm; 0 leaves them alone.

@@ -29,9 +29,9 @@ from PIL import Image
 from random_adapters import make_adapter
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_unitune.adapter_file import Adapter
-from lora_unitune.adapters import detach
-from lora_unitune.edit import Editor
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.layers import detach
+from lora_unitune.editing.editor import Editor
 from lora_unitune.families import Base, load_base
 
 COMMON_WORDS = (

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from lora_unitune.adapter_file import Adapter
-from lora_unitune.adapters import attach, collect, detach
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.layers import attach, collect, detach
 from lora_unitune.families import Base
 from lora_unitune.recipe import EditSettings, FitSettings, LoraSettings, Recipe
 

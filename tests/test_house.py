@@ -12,83 +12,124 @@ import pytest
 import lora_unitune
 
 PACKAGE = Path(lora_unitune.__file__).resolve().parent
-STOREYS = (
-    {"errors", "recipe"},
-    {
-        "adapter_cache",
-        "adapter_checks",
-        "adapter_file",
-        "adapter_header",
-        "adapters",
-        "convert",
-        "eight_bit",
-        "families",
-        "guidance",
-        "hub",
-        "kohya",
-        "objective",
-        "optimizers",
-        "output",
-        "photo",
-        "quantize",
-    }
-    | {"rare_tokens"},
-    {"compress", "edit", "memory", "mount", "prepare", "sampling", "train"},
-    {"pocket"},
-    {"demo", "doctor", "score"},
-    {"cli", "cli_files", "terminal"},
+FOLDERS = (
+    ("errors",),
+    ("output", "settings", "recipe", "photo"),
+    ("families", "pocket.world"),
+    ("adapter",),
+    ("training", "editing"),
+    ("pocket.pretraining",),
+    ("cli",),
 )
-"""A room imports from its own storey and those before it."""
+"""The package's folders and single files in order: each imports from those before it and from itself."""
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 LONGEST_FILE = 400  # lines
 
 
-def room_of(module: str) -> str:
-    """Returns the room of a dotted module name: "families" for "lora_unitune.families.sd"."""
-    return module.split(".")[1]
+def folder_of(module: str) -> str:
+    """Returns the folder of a module, named from the package down: "families" for "families.sd"."""
+    first, _, rest = module.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first == "pocket" and rest else first
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Returns the rooms that a file imports anywhere in it; public names count as the rooms they live in."""
+def module_of(path: Path, package: Path = PACKAGE) -> str:
+    """Returns a file's dotted name from the package down; that of the folder for an `__init__.py`."""
+    return ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(module: str, is_package: bool, source: str) -> set[str]:
+    """Returns what a file imports of the package, anywhere in it, by dotted names from the package down.
+
+    Args:
+        module: the file's own name.
+        is_package: whether the file is an `__init__.py`.
+        source: its text.
+    """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    here = ["lora_unitune", *module.split("."), *(["__init__"] if is_package else [])]
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {room_of(name.name) for name in node.names if name.name.startswith("lora_unitune.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "lora_unitune":
-            names = {name.name for name in node.names if not name.name.startswith("__")}
-            found |= {lora_unitune._ROOM_OF.get(name, name) for name in names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_unitune."):
-            found.add(room_of(node.module or ""))
-    return found
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = here[: -node.level] if node.level else []
+            whole = ".".join([*start, *([node.module] if node.module else [])])
+            names = {name.name for name in node.names}
+            if whole == "lora_unitune":  # public names count as the modules they live in
+                found |= {f"{whole}.{lora_unitune._ROOM_OF.get(name, name)}" for name in names}
+            elif whole == "lora_unitune.pocket":
+                found |= {f"{whole}.{name}" for name in names}
+            else:
+                found.add(whole)
+    inside = {name.removeprefix("lora_unitune.") for name in found if name.startswith("lora_unitune.")}
+    return {name for name in inside if not name.startswith("__")}
 
 
-def imports_by_room() -> dict[str, set[str]]:
-    """Returns the rooms that each room imports, itself left out."""
+def upward_imports(module: str, is_package: bool, source: str) -> set[str]:
+    """Returns the imports of a file that break the order of `FOLDERS`."""
+    place = {folder: index for index, group in enumerate(FOLDERS) for folder in group}
+    own = folder_of(module)
+    folders = {folder_of(name) for name in imported_modules(module, is_package, source)} - {own, "pocket"}
+    return {folder for folder in folders if place[folder] > place[own]}
+
+
+def imports_by_folder() -> dict[str, set[str]]:
+    """Returns the folders that each folder imports, itself left out."""
     graph: dict[str, set[str]] = {}
     for path in FILES:
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        graph[room] = (graph.get(room, set()) | imported_rooms(path)) - {room}
+        module = module_of(path)
+        imported = {
+            folder_of(name)
+            for name in imported_modules(module, path.name == "__init__.py", path.read_text(encoding="utf-8"))
+        }
+        folder = folder_of(module)
+        graph[folder] = (graph.get(folder, set()) | imported) - {folder, "pocket"}
+    graph.pop("pocket", None)
     return graph
 
 
-def test_every_room_has_a_storey() -> None:
-    assert set(imports_by_room()) == set().union(*STOREYS)
+def test_every_folder_has_its_place() -> None:
+    assert set(imports_by_folder()) <= {folder for group in FOLDERS for folder in group}
 
 
-def test_imports_go_one_way() -> None:
-    storey_of = {room: index for index, storey in enumerate(STOREYS) for room in storey}
-    for room, imported in imports_by_room().items():
-        upward = {other for other in imported if storey_of[other] > storey_of[room]}
-        assert not upward, f"{room} imports {upward}, which are above it"
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_one_way(path: Path) -> None:
+    if path == PACKAGE / "pocket" / "__init__.py":
+        return
+    source = path.read_text(encoding="utf-8")
+    assert not upward_imports(module_of(path), path.name == "__init__.py", source)
 
 
-def test_imports_form_no_circle() -> None:
-    graph = imports_by_room()
+@pytest.mark.parametrize(
+    ("module", "is_package", "source", "broken"),
+    [
+        ("families.sd", False, "from ..editing.editor import Editor", {"editing"}),
+        ("families", True, "from ..editing.editor import Editor", {"editing"}),
+        ("families", True, "from .sd import load", set()),
+        ("families.sd", False, "def f():\n    from .. import Editor", {"editing"}),
+        ("families.sd", False, "from lora_unitune import Editor", {"editing"}),
+        ("families.sd", False, "from .. import editing", {"editing"}),
+        ("families.sd", False, "import lora_unitune.training.fit", {"training"}),
+        ("families.sd", False, "from lora_unitune.errors import SettingError", set()),
+        ("adapter.layers", False, "from ..families import Base", set()),
+        ("pocket.world", True, "from ..pretraining import stage", {"pocket.pretraining"}),
+        ("pocket.world.drawing", False, "from .. import pretraining", {"pocket.pretraining"}),
+        ("pocket.pretraining.stage", False, "from ..world import sun", set()),
+        ("errors", False, "from . import recipe", {"recipe"}),
+    ],
+)
+def test_the_order_sees_every_kind_of_import(
+    module: str, is_package: bool, source: str, broken: set[str]
+) -> None:
+    assert upward_imports(module, is_package, source) == broken
+
+
+def test_folders_import_each_other_in_no_circle() -> None:
+    graph = imports_by_folder()
     while graph:
-        free = {room for room, imported in graph.items() if not imported & graph.keys()}
-        assert free, f"these rooms import each other: {sorted(graph)}"
-        graph = {room: imported for room, imported in graph.items() if room not in free}
+        free = {folder for folder, imported in graph.items() if not imported & graph.keys()}
+        assert free, f"these folders import each other: {sorted(graph)}"
+        graph = {folder: imported for folder, imported in graph.items() if folder not in free}
 
 
 def test_importing_the_package_and_the_command_line_loads_nothing_heavy() -> None:

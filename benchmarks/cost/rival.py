@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lora_unitune import adapters
+from lora_unitune.adapter import layers
 from lora_unitune.families import Base
-from lora_unitune.objective import add_noise, training_target
-from lora_unitune.photo import load_photo, photo_to_tensor
-from lora_unitune.prepare import choose_rare_tokens
+from lora_unitune.families.schedule import add_noise, training_target
+from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.recipe import Recipe
+from lora_unitune.training.prepare import choose_rare_tokens
 
 RATES = {"lora": 5e-4, "full": 5e-6}
 
@@ -45,13 +45,13 @@ def train_rival(
         seed: of everything drawn.
     """
     torch.manual_seed(seed)
-    for name, weight in adapters.slots(base).items():
+    for name, weight in layers.slots(base).items():
         if ".lora_A." in name:
             torch.nn.init.normal_(weight, std=1 / weight.shape[0])
     settings = recipe.fit
     pixels = photo_to_tensor(load_photo(photo, recipe.photo.resolution or base.resolution))[0]
     ids = base.tokenize(choose_rare_tokens(recipe, base))[0]
-    weights = [weight for found in adapters.trainable_parameters(base).values() for weight in found]
+    weights = [weight for found in layers.trainable_parameters(base).values() for weight in found]
     rate = rate or RATES[settings.method]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-2)
     copies: Any = [pixels] * settings.batch_size

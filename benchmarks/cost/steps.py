@@ -17,7 +17,7 @@ from PIL import Image
 from lora_unitune import Adapter, Editor, Recipe, fit
 from lora_unitune.families import Base
 from lora_unitune.recipe import default_recipe
-from lora_unitune.train import _adapted
+from lora_unitune.training.fit import _adapted
 
 from ..memory import Peak, of_adapter
 from .bases import make_base

@@ -14,12 +14,13 @@ import click
 import numpy as np
 import torch
 
-from lora_unitune import Adapter, Editor, Recipe, adapters, fit
+from lora_unitune import Adapter, Editor, Recipe, fit
+from lora_unitune.adapter import layers
+from lora_unitune.editing.score import psnr
 from lora_unitune.families import Base, load_base
 from lora_unitune.pocket import world
 from lora_unitune.recipe import default_recipe
-from lora_unitune.score import psnr
-from lora_unitune.train import _adapted
+from lora_unitune.training.fit import _adapted
 
 from ..memory import Peak
 from .rival import RATES, train_rival
@@ -64,7 +65,7 @@ def _rival_until(
         if step not in CHECKED and step != most:
             return False
         spent += time.perf_counter() - mark
-        adapter = replace(ours, tensors=adapters.collect(base))
+        adapter = replace(ours, tensors=layers.collect(base))
         fresh = load_base("pocket", str(base.device))
         found["checked"].append({"steps": step, "seconds": spent, "psnr": reconstruction(fresh, adapter)})
         mark = time.perf_counter()
@@ -81,7 +82,7 @@ import time, sys
 begun = float(sys.argv[1])
 moments = {"interpreter": time.time()}
 from lora_unitune import Adapter, Editor
-from lora_unitune.convert import open_adapter
+from lora_unitune.adapter.convert import open_adapter
 moments["import"] = time.time()
 editor = Editor("pocket", device=sys.argv[3])
 moments["load the base"] = time.time()

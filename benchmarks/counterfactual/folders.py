@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lora_unitune.photo import load_photo
+from lora_unitune.photo.reading import load_photo
 
 from .measures import psnr, ssim
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_unitune import Editor
-from lora_unitune.objective import add_noise, stratified_timesteps, training_target
-from lora_unitune.photo import load_photo, photo_to_tensor
+from lora_unitune.editing.sampling import sample
+from lora_unitune.families.schedule import add_noise, stratified_timesteps, training_target
+from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.recipe import EditSettings
-from lora_unitune.sampling import sample
 
 from .method import RESCALE, STEPS, Dials, Unfitted, embeddings, to_bytes
 

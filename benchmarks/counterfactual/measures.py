@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from lora_unitune.pocket import examiner, world
-from lora_unitune.pocket.world import render
+from lora_unitune.pocket import world
+from lora_unitune.pocket.world import examiner, render
 
 from .pairs import Pair
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_unitune import Editor
-from lora_unitune.photo import load_photo, photo_to_tensor
+from lora_unitune.photo.reading import load_photo, photo_to_tensor
 
 Dials = dict[str, Any]
 RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)

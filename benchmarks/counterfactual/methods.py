@@ -19,12 +19,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from lora_unitune import Adapter, Editor, fit
-from lora_unitune.guidance import classifier_free_guidance, rescale_guidance
-from lora_unitune.mount import Mount
-from lora_unitune.photo import load_photo, photo_to_tensor
+from lora_unitune.adapter.hotswap import Mount
+from lora_unitune.editing.guidance import classifier_free_guidance, rescale_guidance
+from lora_unitune.editing.sampling import sample_edit
+from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.pocket.world import render
 from lora_unitune.recipe import EditSettings, default_recipe
-from lora_unitune.sampling import sample_edit
 
 from .imagic import Imagic
 from .method import RESCALE, STEPS, Dials, Method, Unfitted, embeddings, photo_latents, to_bytes

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from lora_unitune.pocket import world
-from lora_unitune.pocket.drawing import LOOKS, PLACES
-from lora_unitune.pocket.examiner import has_colour
-from lora_unitune.pocket.sprites import COLOURS, OBJECTS
+from lora_unitune.pocket.world.drawing import LOOKS, PLACES
+from lora_unitune.pocket.world.examiner import has_colour
+from lora_unitune.pocket.world.sprites import COLOURS, OBJECTS
 
 FIRST_SEED = {"test": 50_000, "tuning": 60_000}
 """Held-out scenes of the two lists: no other command of this project fits, tunes on or measures these."""

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from lora_unitune import Editor
-from lora_unitune.adapter_file import Adapter
+from lora_unitune.adapter.adapter import Adapter
 
 from ..memory import Peak, of_adapter
 from .imagic import Imagic

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_unitune.errors import BaseModelError, RecipeError
 from lora_unitune.families import one_line, read_model_index
-from lora_unitune.quantize import place
+from lora_unitune.families.quantize import place
 
 _UNET_SHAPE = (
     "in_channels",

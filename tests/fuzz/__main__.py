@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lora_unitune.adapter_file import Adapter, describe
+from lora_unitune.adapter.adapter import Adapter, describe
 from lora_unitune.errors import AdapterFileError
 from lora_unitune.recipe import LoraSettings, Recipe
 

@@ -17,9 +17,9 @@ from conftest import save_sd15, save_sdxl
 from random_adapters import EDIT, LORA, make_adapter
 from safetensors.torch import save_file
 
-from lora_unitune.adapter_header import FORMAT_VERSION
-from lora_unitune.convert import convert, open_adapter
-from lora_unitune.edit import Editor
+from lora_unitune.adapter.convert import convert, open_adapter
+from lora_unitune.adapter.header import FORMAT_VERSION
+from lora_unitune.editing.editor import Editor
 from lora_unitune.families import load_base
 
 FOLDER = Path(__file__).parent

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from lora_unitune.cli.commands import main as main

@@ -1,0 +1,240 @@
+"""The demo: fits the example photos that ship with the package, edits them, and lays all on one sheet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+import lora_unitune
+from lora_unitune import Adapter, Edit, Editor, OutputError, Recipe, fit
+from lora_unitune.families import detect_family
+from lora_unitune.photo.reading import load_photo
+from lora_unitune.recipe import default_recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - Python 3.10
+    import tomli as tomllib
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "pocket" / "examples"
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps of it are done, and how many there are."""
+
+_PICTURE = 192  # pixels on the contact sheet
+_GAP = 16
+_TEXT_LINES = 3
+_TEXT_SIZE = 15
+_LINE = 20
+
+
+@dataclass(frozen=True)
+class Example:
+    """A photo to fit, and what to make of it."""
+
+    name: str
+    photo: Path
+    description: str
+    edits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One photo's row on the contact sheet: a heading, and pictures with the text under each."""
+
+    heading: str
+    pictures: tuple[tuple[Image.Image, str], ...]
+
+
+def read_examples(folder: Path = EXAMPLES) -> list[Example]:
+    """Reads edits.toml: a table for each photo beside it, with a description and a list of edit prompts."""
+    tables = tomllib.loads((folder / "edits.toml").read_text(encoding="utf-8"))
+    return [
+        Example(name, folder / f"{name}.png", table["description"], tuple(table["edits"]))
+        for name, table in tables.items()
+    ]
+
+
+def run_demo(
+    folder: str | Path = "unitune-demo",
+    *,
+    base: str = "pocket",
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    examples: Path = EXAMPLES,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Fits and edits each example photo.
+
+    Args:
+        folder: Where the adapter files, the pictures, contact-sheet.png and summary.json go.
+        base: "pocket", a folder or a hub id.
+        overrides: Settings of the base's default recipe, such as "fit.steps=50".
+        seed: Seed of the fits and of every picture.
+        device: "auto", "cpu", "cuda" or "mps".
+        overwrite: Whether files in `folder` may be replaced.
+        examples: Folder with edits.toml and its photos.
+        on_progress: Told about every step.
+
+    Returns:
+        What summary.json holds: seconds, bytes and settings.
+
+    Raises:
+        UnituneError: Something given can't be used, or the folder can't be written; then nothing is written.
+    """
+    recipe = default_recipe(base, detect_family(base)[0]).override(overrides)
+    tell = on_progress or (lambda stage, done, total: None)
+    started = time.perf_counter()
+    with _finished_folder(Path(folder), overwrite) as unfinished:
+        rows, fitted = [], []
+        chosen = read_examples(examples)
+        tell("loading the base", 0, 1)
+        editor = Editor(base, device=device)
+        for number, example in enumerate(chosen, start=1):
+            label = f"{example.name} ({number} of {len(chosen)})"
+            adapter = _fit_example(example, base, recipe, seed, device, label, tell)
+            adapter.save(unfinished / f"{example.name}.safetensors")
+            row, entry = _edit_example(example, editor, adapter, seed, unfinished, label, tell)
+            rows.append(row)
+            fitted.append(entry)
+        contact_sheet(rows).save(unfinished / "contact-sheet.png")
+        summary = {
+            "lora_unitune": lora_unitune.__version__,
+            "base": editor.base.name,
+            "device": str(editor.base.device),
+            "seed": seed,
+            "seconds": round(time.perf_counter() - started, 2),
+            "recipe": recipe.to_dict(),
+            "photos": fitted,
+        }
+        (unfinished / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return {"folder": str(folder), "contact_sheet": str(Path(folder) / "contact-sheet.png"), **summary}
+
+
+def _fit_example(
+    example: Example, base: str, recipe: Recipe, seed: int, device: str, label: str, tell: OnProgress
+) -> Adapter:
+    """Fits one example, telling about each step."""
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        tell(f"fitting {label}, loss {loss:.4f}", step, steps)
+
+    tell(f"fitting {label}", 0, recipe.fit.steps)
+    return fit(example.photo, base=base, recipe=recipe, seed=seed, device=device, on_step=on_step)
+
+
+def _edit_example(
+    example: Example, editor: Editor, adapter: Adapter, seed: int, folder: Path, label: str, tell: OnProgress
+) -> tuple[Row, dict[str, Any]]:
+    """Redraws and edits one example, saves the pictures, and returns its row of sheet and summary."""
+    photo = load_photo(example.photo, adapter.resolution).image
+    total = 1 + len(example.edits)
+    tell(f"redrawing {label}", 0, total)
+    redrawn = editor.reconstruct(adapter, seed=seed)
+    redrawn.save(folder / f"{example.name}-reconstruction.png")
+    pictures = [(photo, "the photo"), (redrawn.image, "redrawn from noise by its rare tokens alone")]
+    edits: list[dict[str, Any]] = []
+    for number, prompt in enumerate(example.edits, start=1):
+        tell(f"editing {label}", number, total)
+        edit = editor.edit(adapter, prompt, seed=seed)
+        edits.append(_save_edit(edit, prompt, folder, f"{example.name}-edit-{number}.png"))
+        pictures.append((edit.image, prompt))
+    tell(f"editing {label}", total, total)
+    size = (folder / f"{example.name}.safetensors").stat().st_size
+    entry = {
+        "name": example.name,
+        "description": example.description,
+        "adapter": f"{example.name}.safetensors",
+        "adapter_bytes": size,
+        "rare_tokens": adapter.rare_tokens,
+        "fit_seconds": round(adapter.seconds, 2),
+        "reconstruction": f"{example.name}-reconstruction.png",
+        "edits": edits,
+    }
+    heading = f"{example.description}: fitted in {adapter.seconds:.0f} s, {size / 1000:.0f} KB"
+    return Row(heading, tuple(pictures)), entry
+
+
+def _save_edit(edit: Edit, prompt: str, folder: Path, name: str) -> dict[str, Any]:
+    """Saves one edit and returns its entry in the summary."""
+    edit.save(folder / name)
+    return {"prompt": prompt, "file": name, "seconds": round(edit.seconds, 2), "settings": edit.settings}
+
+
+def contact_sheet(rows: Sequence[Row]) -> Image.Image:
+    """Lays rows of pictures on one white RGB sheet, each with its text under it."""
+    columns = max(len(row.pictures) for row in rows)
+    row_height = _LINE + _GAP // 2 + _PICTURE + _TEXT_LINES * _LINE + _GAP
+    size = (_GAP + columns * (_PICTURE + _GAP), _GAP + len(rows) * row_height)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(_TEXT_SIZE)
+    for index, row in enumerate(rows):
+        top = _GAP + index * row_height
+        draw.text((_GAP, top), row.heading, fill=(110, 110, 110), font=font)
+        for column, (picture, text) in enumerate(row.pictures):
+            left, upper = _GAP + column * (_PICTURE + _GAP), top + _LINE + _GAP // 2
+            sheet.paste(picture.resize((_PICTURE, _PICTURE), Image.Resampling.LANCZOS), (left, upper))
+            for line, words in enumerate(_wrap(text, font)):
+                draw.text((left, upper + _PICTURE + 4 + line * _LINE), words, fill="black", font=font)
+    return sheet
+
+
+def _wrap(text: str, font: Any) -> list[str]:
+    """Breaks a text into lines as wide as a picture; what needs more than the sheet's lines ends in "..."."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > _PICTURE:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return (
+        lines if len(lines) <= _TEXT_LINES else [*lines[: _TEXT_LINES - 1], f"{lines[_TEXT_LINES - 1]} ..."]
+    )
+
+
+@contextmanager
+def _finished_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Lends a hidden folder inside `folder` to write to; its files move up when all went well, else all goes.
+
+    Raises:
+        OutputError: The folder holds files and may not be overwritten, or can't be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} isn't a folder; give a folder to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise OutputError(
+            f"{folder} holds files already; choose another folder, or pass --overwrite to replace them"
+        )
+    is_new = not folder.exists()
+    unfinished: Path | None = None
+    try:
+        if is_new:
+            folder.mkdir()
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+        yield unfinished
+        for path in sorted(unfinished.iterdir()):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} can't be written ({error.strerror or error}); choose another folder"
+        ) from error
+    finally:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

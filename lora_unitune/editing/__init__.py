@@ -1,0 +1,1 @@
+"""The edit: base, adapter and words -> images."""

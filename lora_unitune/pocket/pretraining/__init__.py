@@ -1,0 +1,1 @@
+"""How pocket is trained from nothing; not needed at run time."""

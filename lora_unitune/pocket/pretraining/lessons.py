@@ -1,0 +1,90 @@
+"""What pocket is taught beside drawing: to name what a caption says, and what the noise hides."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from .. import world
+from ..world.drawing import SUNS
+
+POSES = tuple(itertools.product(world.SIDE_WORDS, ("small", "", "big"), (False, True)))
+CAPTION_FIELDS = ("object", "place", "time", "look", "colour", "side", "scale", "companion")
+
+
+def _labels(drawn: list[world.Scene]) -> Tensor:
+    """(n, fields) int64: which of the values that occur each attribute has."""
+    columns = [[getattr(scene, field) for scene in drawn] for field in CAPTION_FIELDS]
+    kinds = [{value: index for index, value in enumerate(sorted(set(column)))} for column in columns]
+    return torch.tensor(
+        [[kind[value] for value in column] for kind, column in zip(kinds, columns, strict=True)]
+    ).T
+
+
+def teach_words(
+    encoder: nn.Module, tokenizer: Any, drawn: list[world.Scene], seconds: float, device: str
+) -> float:
+    """A head start: the text encoder learns to name a caption's attributes from its last position."""
+    labels, rng = _labels(drawn), random.Random(1)
+    sizes = (labels.max(0).values + 1).tolist()
+    head = nn.Linear(128, sum(sizes)).to(device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3, weight_decay=1e-3)
+    end, loss = time.monotonic() + seconds, torch.zeros(())
+    while time.monotonic() < end:
+        chosen = [rng.randrange(len(drawn)) for _ in range(64)]
+        ids = tokens(tokenizer, [world.caption(drawn[i], rng) for i in chosen]).to(device)
+        logits = head(encoder(ids).last_hidden_state[:, -1]).split(sizes, dim=1)
+        loss = torch.stack(
+            [F.cross_entropy(a, b) for a, b in zip(logits, labels[chosen].to(device).T, strict=False)]
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
+    """(n, length) int64."""
+    out = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    ids: Tensor = out.input_ids
+    return ids
+
+
+class Observer(nn.Module):
+    """A UNet that also has to name, from its middle, what the noise hides: the object's pose, and the sun.
+
+    A UNet of which half got no gradient (see the weights' provenance) saw these only once the noise was
+    almost gone, and drew several poses into one another until then. Whether one that learns as a whole needs
+    to be told isn't measured. The names are a lesson as in representation alignment
+    (arXiv 2410.06940), where features align with what we know of the scene; the head isn't kept.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.head = nn.Linear(unet.config["block_out_channels"][-1] * 16, len(POSES) + len(SUNS))
+        unet.mid_block.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: Any, features: Tensor) -> None:
+        self._features = features
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        v = self.unet(noisy, timesteps, embedded).sample
+        return v, self.head(self._features.flatten(1))
+
+
+def poses_and_suns(drawn: list[world.Scene]) -> Tensor:
+    """(n, 2) int64: which of `POSES`, and which of `SUNS`; -100 for a sun that a room hides."""
+    return torch.tensor(
+        [
+            (POSES.index((s.side, s.scale, s.mirrored)), -100 if s.place == "room" else world.sun(s))
+            for s in drawn
+        ]
+    )

@@ -1,0 +1,378 @@
+"""Trains the pocket base from nothing: scenes, then VAE, then text encoder and UNet.
+
+    python -m lora_unitune.pocket.pretraining.pretrain all WORK_FOLDER
+    python -m lora_unitune.pocket.pretraining.pretrain export WORK_FOLDER lora_unitune/pocket/weights
+
+Every stage keeps its state in the work folder, and goes on from there when it is run again.
+Each stage's learning rate follows the share of its minutes that is used up. `export` may run at any time.
+The defaults made a base from nothing; the shipped weights learned on from it, as their PROVENANCE.md tells.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import CLIPTextModel
+
+from ...families.schedule import add_noise, stratified_timesteps, training_target
+from .. import world
+from ..world.drawing import SUNS
+from ..world.pictures import crops, photos_of_skimage, round_trip_psnr, scenes, to_pixels
+from . import evaluate
+from .assembly import (
+    assemble,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    rare_words,
+    save_pipeline,
+)
+from .lessons import POSES, Observer, poses_and_suns, teach_words, tokens
+from .muon import Muon
+from .provenance import commit, copy_logs, write_provenance
+from .stage import Average, Stage
+
+READ = {"torch_dtype": torch.float32, "use_safetensors": True}
+HELD_OUT = 256  # scenes for the losses in the log
+LOG_EVERY = 50_000  # pictures between two rows of the UNet's log; each second has the examiner's scores
+WORKERS = 8  # processes that write captions for a GPU
+
+
+def _half(device: str) -> torch.autocast:
+    """bf16 where the device computes in it, else plain float32 (a CPU without it is 30 × slower)."""
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=fast)
+
+
+def train_vae(work: Path, count: int, minutes: float, device: str, start: Path | None) -> None:
+    """The autoencoder: absolute and squared error, and a light pull of the latents to a unit Gaussian."""
+    torch.manual_seed(0)
+    train, held_out = scenes(work, "train", count), scenes(work, "held-out", HELD_OUT)
+    photos, rng = photos_of_skimage(), random.Random(0)
+    vae = build_vae().to(device, memory_format=torch.channels_last)
+    stage = Stage(work, "vae", minutes, 1e-3 if start else 2e-3, 0.6)
+    if start and not stage.file.exists():
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae", **READ).state_dict())
+        stage.go_on_counting()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    average = Average({"vae": vae}, 0.999)
+    things = {"vae": vae, "optimizer": optimizer, "average": average}
+    stage.resume(things)
+    losses: list[float] = []
+    while stage.tick([optimizer], 16):
+        true = to_pixels(crops(train, photos, 16, rng), device)
+        with _half(device):
+            posterior = vae.encode(true).latent_dist
+            again = vae.decode(posterior.sample()).sample
+        error = again.float() - true
+        gaussian = 0.5 * (
+            posterior.mean.float().square() + posterior.var.float() - 1.0 - posterior.logvar.float()
+        )
+        loss = error.abs().mean() + 4.0 * error.square().mean() + 1e-4 * gaussian.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        losses.append(loss.item())
+        if stage.step % 1000 == 0:
+            stage.log(
+                loss=float(np.mean(losses)), psnr=round_trip_psnr(average.kept["vae"], held_out, device)
+            )
+            losses.clear()
+        stage.save(things, every=60)
+    stage.log(psnr=round_trip_psnr(average.kept["vae"], held_out, device))
+    stage.save(things)
+
+
+def load_vae(work: Path) -> Any:
+    vae = build_vae().eval().requires_grad_(False)
+    vae.load_state_dict(
+        torch.load(work / "vae.pt", map_location="cpu", weights_only=True)["average"]["kept"]["vae"]
+    )
+    return vae
+
+
+@torch.no_grad()
+def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tensor, Tensor, float]:
+    """Posterior means and deviations (count, 4, 16, 16) float16, and the scaling factor; kept on disk."""
+    file = work / f"latents-{split}-{count}.pt"
+    if not file.exists():
+        vae, pictures = load_vae(work).to(device), scenes(work, split, count)
+        pairs = []
+        for start in range(0, count, 64):
+            posterior = vae.encode(to_pixels(pictures[start : start + 64], device)).latent_dist
+            pairs.append(torch.stack([posterior.mean, posterior.std]).half().cpu())
+        mean, std = torch.cat(pairs, dim=1)
+        torch.save({"mean": mean.clone(), "std": std.clone(), "scale": 1.0 / mean.float().std().item()}, file)
+    state = torch.load(file, weights_only=True)
+    return state["mean"], state["std"], state["scale"]
+
+
+class CaptionBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless epochs of scene numbers (batch,) and tokens (batch, length) of fresh captions for them.
+
+    Some captions have meaningless rare words before them. Each worker process shuffles on its own.
+    """
+
+    def __init__(self, drawn: list[world.Scene], tokenizer: Any, batch: int, seed: int) -> None:
+        self.drawn, self.tokenizer, self.batch, self.seed = drawn, tokenizer, batch, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        rare, order = rare_words(), list(range(len(self.drawn)))
+        while True:
+            rng.shuffle(order)
+            for start in range(0, len(order) - self.batch + 1, self.batch):
+                chosen = order[start : start + self.batch]
+                texts = [world.caption(self.drawn[i], rng) for i in chosen]
+                for i in range(self.batch):
+                    if rng.random() < 0.12:
+                        texts[i] = " ".join([*rng.sample(rare, rng.randint(1, 3)), texts[i]]).strip()
+                yield torch.tensor(chosen), tokens(self.tokenizer, texts)
+
+
+def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """min(SNR + 1, 6) / (SNR + 1): min-SNR (arXiv 2303.09556) for v-prediction, whole at zero signal."""
+    return (6.0 * (1.0 - alphas_cumprod[timesteps])).clamp(max=1.0)
+
+
+def concentrate(timesteps: Tensor) -> Tensor:
+    """Moves uniform timesteps, 0 to 999, so that 15 in a hundred lie below 350, and 20 above 800.
+
+    Between the two, an object's noisy latents, a few hundred, say together where it stands and which way it
+    faces, but none says so alone: what a small model learns last. Below, it can be seen. Above, the caption
+    decides it, and how often each comes when the caption doesn't.
+    """
+    shares = np.interp(timesteps.numpy() / 1000, (0.0, 0.15, 0.8, 1.0), (0.0, 0.35, 0.8, 1.0))
+    return torch.from_numpy(shares * 1000).long()
+
+
+def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
+    """Weights of the loss over each latent, (n, 1, side, side), mean 1: four times as much around the object.
+
+    They say what to learn first, and only where the noise shows the object: see `where_seen`.
+    """
+    weights = torch.ones(len(drawn), 1, side, side)
+    for weight, scene in zip(weights, drawn, strict=True):
+        bottom = 0.8 if scene.object == "balloon" else 0.93
+        left, right = side * (scene.x - scene.size / 2), side * (scene.x + scene.size / 2)
+        top = side * max(0.0, bottom - 0.08 - scene.size)
+        weight[:, int(top) : math.ceil(side * bottom), max(0, int(left)) : math.ceil(right)] = 4.0
+    return weights / weights.mean((1, 2, 3), keepdim=True)
+
+
+def where_seen(weights: Tensor, timesteps: Tensor) -> Tensor:
+    """Takes weights (b, 1, h, w) as they are up to timestep 250, and evens them out up to 450.
+
+    Where the noise hides the object, weights that follow it would count the scenes in which it covers a place
+    four times, and those in which it doesn't once: the best prediction would show it larger, and everywhere
+    at once.
+    """
+    share = ((450 - timesteps.float()) / 200).clamp(0, 1).view(-1, 1, 1, 1)
+    return 1 + share * (weights - 1)
+
+
+def earlier_unet(folder: Path, wanted: int) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder; one with another number of layers a block than wanted is refused."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **READ)
+    given = unet.config["layers_per_block"]
+    if given != wanted:
+        raise click.ClickException(
+            f"the UNet of {folder} has {given} layers a block, this one {wanted}; "
+            "give a folder whose UNet has as many"
+        )
+    return unet
+
+
+@torch.no_grad()
+def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -> dict[str, float]:
+    """Error of the predicted clean latent with the right caption, none, and a wrong one."""
+    mean, _, scale = encode_scenes(work, "held-out", HELD_OUT, device)
+    clean, alphas = (mean.float() * scale).to(device), build_scheduler().alphas_cumprod.to(device)
+    generator = torch.Generator().manual_seed(0)
+    noise, steps = (
+        torch.randn(clean.shape, generator=generator).to(device),
+        torch.arange(HELD_OUT) * 1000 // HELD_OUT,
+    )
+    steps = steps.to(device)
+    noisy, a = add_noise(clean, noise, steps, alphas), alphas[steps].view(-1, 1, 1, 1)
+    texts = [
+        world.caption(world.draw_scene(i, "held-out"), random.Random(i + 10**6)) for i in range(HELD_OUT)
+    ]
+    errors = {}
+    for name, said in {"right": texts, "none": [""] * HELD_OUT, "wrong": texts[7:] + texts[:7]}.items():
+        embedded = average.kept["text_encoder"](tokens(tokenizer, said).to(device)).last_hidden_state
+        v = average.kept["unet"](noisy, steps, embedded).sample
+        errors[name] = (a.sqrt() * noisy - (1 - a).sqrt() * v - clean).square().mean().item()
+    return errors
+
+
+def train_unet(
+    work: Path,
+    count: int,
+    minutes: float,
+    device: str,
+    batch: int,
+    peak: float,
+    start: Path | None,
+) -> None:
+    """UNet and text encoder together (from a start, the UNet alone), on latents from the VAE's posteriors."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    mean, std, scale = encode_scenes(work, "train", count, device)
+    encode_scenes(work, "held-out", HELD_OUT, device)
+    encoder = build_text_encoder(tokenizer).to(device).train()
+    unet = build_unet().to(device, memory_format=torch.channels_last).train()
+    if device == "cpu":  # where the fused attention's backward pass takes a quarter of a step
+        unet.set_attn_processor(AttnProcessor())
+    stage = Stage(work, "unet", minutes, peak, 0.5)
+    drawn = [world.draw_scene(seed) for seed in range(count)]
+    if start and not stage.file.exists():
+        unet.load_state_dict(earlier_unet(start, unet.config["layers_per_block"]).state_dict())
+        encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
+        stage.go_on_counting()
+    elif not stage.file.exists():
+        stage.log(words_loss=teach_words(encoder, tokenizer, drawn, stage.budget / 67, device))
+    encoder.requires_grad_(not start)  # it knows its words; the lesson below would have it forget the rest
+    parameters = [p for p in (*unet.parameters(), *encoder.parameters()) if p.requires_grad]
+    average = Average({"unet": unet, "text_encoder": encoder}, 0.999)
+    observer = Observer(unet).to(device)
+    ends = (*unet.conv_in.parameters(), *unet.conv_out.parameters())
+    inner = [p for p in unet.parameters() if p.ndim > 1 and all(p is not end for end in ends)]
+    others = [p for p in parameters if all(p is not matrix for matrix in inner)]
+    others += observer.head.parameters()
+    muon = Muon(inner, lr=peak, weight_decay=1e-2)
+    adam = torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    things = {"unet": unet, "text_encoder": encoder, "muon": muon, "adam": adam, "average": average}
+    things["head"] = observer.head
+    stage.resume(things)
+    alphas, around = build_scheduler().alphas_cumprod.to(device), object_weights(drawn, mean.shape[-1])
+    mean, std, around, labels = (t.to(device) for t in (mean, std, around, poses_and_suns(drawn)))
+    generator = torch.Generator().manual_seed(stage.step)
+    noises = torch.Generator(device).manual_seed(10**6 + stage.step)
+    losses, seen = list[float](), list[float]()
+    ready = CaptionBatches(drawn, tokenizer, batch, stage.step)
+    batches = iter(DataLoader(ready, batch_size=None, num_workers=0 if device == "cpu" else WORKERS))
+    while stage.tick([muon, adam], batch):
+        chosen, ids = (t.to(device) for t in next(batches))
+        noise = torch.randn((2, batch, *mean.shape[1:]), generator=noises, device=device)
+        clean = (mean[chosen].float() + std[chosen].float() * noise[0]) * scale
+        steps = concentrate(stratified_timesteps(batch, 1000, generator)).to(device)
+        noisy = add_noise(clean, noise[1], steps, alphas)
+        with _half(device):  # never compiled: with torch 2.13, half of the UNet got no gradient at all
+            embedded = encoder(ids).last_hidden_state
+            v, names = observer(noisy.to(memory_format=torch.channels_last), steps, embedded)
+        target = training_target(clean, noise[1], steps, alphas, "v_prediction")
+        error = (v.float() - target).square() * where_seen(around[chosen], steps)
+        loss = (error.mean((1, 2, 3)) * weights_of_timesteps(steps, alphas)).mean()
+        pose, sun = names.float().split((len(POSES), len(SUNS)), dim=1)
+        told = labels[chosen]
+        lesson = F.cross_entropy(pose, told[:, 0]) + F.cross_entropy(sun, told[:, 1])
+        muon.zero_grad()
+        adam.zero_grad()
+        (loss + 0.3 * lesson).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        muon.step()
+        adam.step()
+        average.update()
+        losses.append(loss.item())
+        seen += (pose.argmax(1) == told[:, 0])[(steps >= 500) & (steps < 800)].tolist()
+        rows = stage.pictures // LOG_EVERY
+        if rows > (stage.pictures - batch) // LOG_EVERY:
+            row = {"pose": float(np.mean(seen))} | held_out_errors(work, average, tokenizer, device)
+            if rows % 2 == 0:
+                row |= evaluate.shares_right(pipeline_of(work, scale, average.kept, tokenizer), device)
+            stage.log(loss=float(np.mean(losses)), **row)
+            losses.clear()
+            seen.clear()
+        stage.save(things, every=120)
+    stage.log(**held_out_errors(work, average, tokenizer, device))
+    stage.save(things)
+
+
+def pipeline_of(work: Path, scale: float, kept: dict[str, Any], tokenizer: Any) -> StableDiffusionPipeline:
+    """A copy of the weights so far as a pipeline on the CPU, in float32."""
+    vae = load_vae(work)
+    vae.register_to_config(scaling_factor=scale)
+    parts = {name: copy.deepcopy(part).cpu() for name, part in kept.items()}
+    return assemble({"vae": vae, "tokenizer": tokenizer, **parts})
+
+
+def export(work: Path, folder: Path, count: int) -> None:
+    """Writes the averaged weights as a diffusers pipeline folder."""
+    made_at, tokenizer = commit(), build_tokenizer()
+    kept = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
+    state = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["average"]["kept"]
+    for name, part in kept.items():
+        part.load_state_dict(state[name])
+    _, _, scale = encode_scenes(work, "train", count, "cpu")
+    save_pipeline(pipeline_of(work, scale, kept, tokenizer), folder)
+    copy_logs(work, folder)
+    write_provenance(folder, count, made_at)
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command("all")
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--scenes", "count", default=40000, show_default=True, help="Training scenes to draw.")
+@click.option("--vae-minutes", default=25.0, show_default=True)
+@click.option("--unet-minutes", default=92.0, show_default=True)
+@click.option("--batch", default=64, show_default=True, help="Pictures a step of the UNet.")
+@click.option("--peak", default=1e-3, show_default=True, help="Highest learning rate of the UNet.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True),
+    help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet learn on, the text encoder not.",
+)
+def run_all(
+    work: Path,
+    count: int,
+    vae_minutes: float,
+    unet_minutes: float,
+    batch: int,
+    peak: float,
+    device: str,
+    start: Path | None,
+) -> None:
+    """Draws the scenes and runs every stage, going on where it stopped."""
+    work.mkdir(parents=True, exist_ok=True)
+    scenes(work, "train", count)
+    if start and not (work / "vae.jsonl").exists():
+        copy_logs(start, work)
+    train_vae(work, count, vae_minutes, device, start)
+    train_unet(work, count, unet_minutes, device, batch, peak, start)
+
+
+@main.command("export")
+@click.argument("work", type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--scenes", "count", default=40000, show_default=True)
+def run_export(work: Path, folder: Path, count: int) -> None:
+    """Writes the newest weights as a diffusers pipeline."""
+    export(work, folder, count)
+
+
+if __name__ == "__main__":
+    main()

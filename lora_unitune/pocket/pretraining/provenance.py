@@ -1,0 +1,130 @@
+"""Writes PROVENANCE.md beside pocket's weights: how they came about, from the logs of their training."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+LOGS = ("vae.jsonl", "unet.jsonl")
+FINDINGS = "## Findings\n"
+LICENCES = """## Licences
+
+- The weights: Apache License 2.0, as the project.
+- The objects of the scenes: Noto Color Emoji, SIL Open Font License 1.1 (`sprites.LICENSE.txt`).
+- Photos in the VAE's training, from scikit-image's wheel: astronaut and rocket (public domain), coffee (CC0).
+  The photo of the demo, Chelsea (CC0), is not among them.
+"""
+
+
+def commit() -> str:
+    """The commit of this checkout, with -dirty where tracked files were changed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+
+
+def copy_logs(source: Path, target: Path) -> None:
+    """Copies the logs of a training along with its weights."""
+    for name in LOGS:
+        shutil.copy(source / name, target / name)
+
+
+def _stage_lines(folder: Path, name: str) -> list[str]:
+    """A table of one stage: its first, some middle, and its last row of the log."""
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()
+    ]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    chosen = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})
+    table = [[str(rows[i].get(key, "")) for key in keys] for i in chosen]
+    return ["| " + " | ".join(cells) + " |" for cells in [keys, ["---"] * len(keys), *table]]
+
+
+def plot_curves(folder: Path) -> None:
+    """Draws `training.png` beside the logs: loss, errors and the examiner's shares against pictures seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "unet.jsonl").read_text().splitlines()]
+    groups = {
+        "training loss": ("loss",),
+        "error of the clean latent, given a caption": ("right", "none", "wrong"),
+        "share that the examiner reads right": ("object", "place", "time", "look", "colour"),
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for axis, (title, keys) in zip(axes, groups.items(), strict=True):
+        axis.set(title=title, xlabel="pictures seen, thousands")
+        axis.grid(alpha=0.3)
+        for key in keys:
+            chosen = [(row["pictures"] / 1000, row[key]) for row in rows if key in row]
+            if chosen:
+                axis.plot(*zip(*chosen, strict=True), marker="o", markersize=3, label=key)
+                axis.legend()
+    figure.savefig(folder / "training.png", dpi=60)
+    pyplot.close(figure)
+
+
+def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
+    """Writes the file; what stands under "Findings" in an older one is kept.
+
+    Args:
+        folder: of the weights, with the logs of their training.
+        scenes: how many were drawn for training.
+        made_at: the commit, read before the weights in the checkout changed.
+    """
+    file = folder / "PROVENANCE.md"
+    plot_curves(folder)
+    findings = file.read_text().partition(FINDINGS)[2] if file.exists() else ""
+    versions = ", ".join(
+        f"{library.__name__} {library.__version__}" for library in (torch, diffusers, transformers)
+    )
+    lines = [
+        "# Where these weights come from",
+        "",
+        "Trained from nothing, by this project, on scenes it draws itself:",
+        "",
+        "    python -m lora_unitune.pocket.pretraining.pretrain all WORK",
+        "    python -m lora_unitune.pocket.pretraining.pretrain export WORK lora_unitune/pocket/weights",
+        "",
+        "and to train them further (the text encoder then stays as it is):",
+        "",
+        "    python -m lora_unitune.pocket.pretraining.pretrain all WORK --start FOLDER \\",
+        "        --vae-minutes V --unet-minutes U",
+        "",
+        f"- exported at commit {made_at}",
+        f"- {versions}; {platform.machine()}, {os.cpu_count()} cores, "
+        f"{'CUDA' if torch.cuda.is_available() else 'no GPU'}",
+        f"- {scenes} training scenes (seeds 0 to {scenes - 1}), 256 held-out ones for the scores below",
+        "",
+        "## VAE",
+        "",
+        "From `vae.jsonl`, with the mean PSNR in dB of the round trip of held-out scenes:",
+        "",
+        *_stage_lines(folder, "vae"),
+        "",
+        "## Text encoder and UNet",
+        "",
+        "From `unet.jsonl`, with the error of the predicted clean latent on held-out scenes, given the right",
+        "caption, none, or a wrong one:",
+        "",
+        *_stage_lines(folder, "unet"),
+        "",
+        "![Training curves](training.png)",
+        "",
+        LICENCES,
+        FINDINGS.rstrip("\n"),
+    ]
+    file.write_text("\n".join(lines) + "\n" + (findings or "\nNone yet.\n"))

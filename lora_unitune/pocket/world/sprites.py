@@ -1,0 +1,120 @@
+"""The objects of the pocket world: a sprite sheet that ships with the package, and how it was made.
+
+The pictures come from Noto Color Emoji (SIL Open Font License 1.1, Debian package `fonts-noto-color-emoji`).
+They are rendered once, by `python -m lora_unitune.pocket.world.sprites FONT`, so that nobody needs the font.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import sys
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SHEET = Path(__file__).with_name("sprites.png")
+CELL = 96  # pixels
+COLUMNS = 6
+
+EMOJI = {
+    "dog": "🐕",
+    "cat": "🐱",
+    "fox": "🦊",
+    "rabbit": "🐇",
+    "penguin": "🐧",
+    "elephant": "🐘",
+    "duck": "🦆",
+    "frog": "🐸",
+    "car": "🚗",
+    "bus": "🚌",
+    "sailboat": "⛵",
+    "rocket": "🚀",
+    "train": "🚂",
+    "house": "🏠",
+    "castle": "🏰",
+    "tent": "⛺",
+    "apple": "🍎",
+    "banana": "🍌",
+    "strawberry": "🍓",
+    "tulip": "🌷",
+    "cactus": "🌵",
+    "tree": "🌳",
+    "mushroom": "🍄",
+    "balloon": "🎈",
+}
+OBJECTS = tuple(EMOJI)
+
+# Own colour of the objects that come in several, as (hue in degrees, half width of the hues that change).
+OWN_HUE = {"car": (0, 25), "balloon": (0, 25), "mushroom": (10, 22), "tulip": (335, 35), "tent": (25, 22)}
+COLOURS = {"red": 0.0, "blue": 215.0, "green": 125.0, "yellow": 50.0}
+COLOURED = tuple(OWN_HUE)
+
+
+def _rgb_to_hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    high, low = rgb.max(-1), rgb.min(-1)
+    spread = np.maximum(high - low, 1e-6)
+    r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    sector = np.where(
+        high == r, (g - b) / spread % 6, np.where(high == g, (b - r) / spread + 2, (r - g) / spread + 4)
+    )
+    return sector * 60.0, (high - low) / np.maximum(high, 1e-6), high
+
+
+def _recoloured(sprite: np.ndarray, name: str, colour: str) -> np.ndarray:
+    own, width = OWN_HUE[name]
+    hue, saturation, value = _rgb_to_hsv(sprite[..., :3])
+    distance = np.abs((hue - own + 180.0) % 360.0 - 180.0)
+    chosen = (distance < width) & (saturation > 0.3)
+    pure = np.array(colorsys.hsv_to_rgb(COLOURS[colour] / 360.0, 1.0, 1.0))
+    strength = np.clip(saturation * 1.15, 0.55, 0.9)[..., None]
+    brightness = value[..., None] ** (0.6 if colour == "yellow" else 1.0)
+    painted = brightness * (1.0 - strength + strength * pure)
+    out = sprite.copy()
+    out[..., :3] = np.where(chosen[..., None], painted, sprite[..., :3])
+    return out
+
+
+@lru_cache(maxsize=1)
+def _sheet() -> np.ndarray:
+    with Image.open(SHEET) as image:
+        return np.asarray(image.convert("RGBA"), dtype=np.float32) / 255.0
+
+
+@cache
+def sprite(name: str, colour: str = "") -> Image.Image:
+    """One object, cropped to what is drawn of it.
+
+    Args:
+        name: one of `OBJECTS`.
+        colour: one of `COLOURS` for an object of `COLOURED`, or "" for its own colours.
+
+    Returns:
+        An RGBA picture, at most `CELL` pixels on its longer side.
+    """
+    row, column = divmod(OBJECTS.index(name), COLUMNS)
+    cell = _sheet()[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+    if colour:
+        cell = _recoloured(cell, name, colour)
+    image = Image.fromarray((cell * 255.0 + 0.5).astype(np.uint8), "RGBA")
+    return image.crop(image.getchannel("A").getbbox())
+
+
+def make_sheet(font_file: str) -> None:
+    """Renders the sprite sheet from the emoji font."""
+    font = ImageFont.truetype(font_file, 109)  # the only size that the bitmap font has
+    rows = -(-len(OBJECTS) // COLUMNS)
+    sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
+    for index, name in enumerate(OBJECTS):
+        glyph = Image.new("RGBA", (136, 128))
+        ImageDraw.Draw(glyph).text((0, 0), EMOJI[name], font=font, embedded_color=True)
+        glyph = glyph.crop(glyph.getchannel("A").getbbox())
+        glyph.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+        row, column = divmod(index, COLUMNS)
+        sheet.paste(glyph, (column * CELL + (CELL - glyph.width) // 2, row * CELL + CELL - glyph.height))
+    sheet.save(SHEET, optimize=True)
+
+
+if __name__ == "__main__":
+    make_sheet(sys.argv[1])

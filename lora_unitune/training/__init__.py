@@ -1,0 +1,1 @@
+"""The fit: photo and base -> adapter."""

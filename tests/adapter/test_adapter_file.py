@@ -1,0 +1,335 @@
+"""The adapter file: what is saved comes back, diffusers reads it, and a bad file is one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import room_for
+from random_adapters import LORA, make_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_unitune.adapter.adapter import Adapter, check_fits, describe
+from lora_unitune.adapter.header import PHOTO_KEY
+from lora_unitune.errors import AdapterFileError, OutputError
+from lora_unitune.families import Base
+from lora_unitune.recipe import FitSettings, LoraSettings, Recipe
+
+
+@pytest.fixture
+def adapter(base15: Base) -> Adapter:
+    return make_adapter(base15)
+
+
+@pytest.fixture
+def saved(adapter: Adapter, tmp_path: Path) -> Path:
+    path = tmp_path / "photo.safetensors"
+    adapter.save(path)
+    return path
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def test_a_saved_adapter_comes_back(adapter: Adapter, saved: Path) -> None:
+    loaded = Adapter.load(saved)
+    assert loaded.tensors.keys() == adapter.tensors.keys()
+    for key, tensor in adapter.tensors.items():
+        assert loaded.tensors[key].dtype == torch.float32
+        assert torch.equal(loaded.tensors[key], tensor.half().float())
+    assert adapter.photo_latents is not None and loaded.photo_latents is not None
+    assert torch.equal(loaded.photo_latents, adapter.photo_latents.half().float())
+    for name in ("rare_tokens", "recipe", "base", "fingerprint", "resolution", "seed", "seconds", "family"):
+        assert getattr(loaded, name) == getattr(adapter, name)
+    assert loaded.digest == adapter.digest
+
+
+def test_saving_what_was_loaded_gives_the_same_file(saved: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.safetensors"
+    Adapter.load(saved).save(again)
+    assert metadata_of(again) == metadata_of(saved)
+    first, second = load_file(saved), load_file(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_float32_files_are_exact(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "exact.safetensors"
+    adapter.save(path, dtype=torch.float32)
+    loaded = Adapter.load(path)
+    assert all(torch.equal(loaded.tensors[key], tensor) for key, tensor in adapter.tensors.items())
+
+
+def test_the_digest_follows_every_tensor(adapter: Adapter) -> None:
+    key = next(iter(adapter.tensors))
+    changed = replace(adapter, tensors={**adapter.tensors, key: adapter.tensors[key] + 1})
+    without_photo = replace(adapter, photo_latents=None)
+    assert len({adapter.digest, changed.digest, without_photo.digest}) == 3
+
+
+def test_the_photo_can_be_left_out(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    replace(adapter, photo_latents=None).save(path)
+    assert Adapter.load(path).photo_latents is None
+    assert describe(path)["photo_embedded"] is False
+    assert PHOTO_KEY not in load_file(path)
+
+
+def test_describe_tells_what_is_inside_as_json(adapter: Adapter, saved: Path) -> None:
+    described = json.loads(json.dumps(describe(saved)))
+    assert described["base"] == adapter.base
+    assert described["fingerprint"] == adapter.fingerprint
+    assert described["rare_tokens"] == "zqrt ohwx"
+    assert described["method"] == "lora"
+    assert described["ranks"] == {"unet": 4, "text_encoder": 2}
+    assert described["targets"]["unet"] == list(LORA.unet_targets)
+    assert described["steps"] == adapter.recipe.fit.steps
+    assert described["photo_embedded"] is True
+    assert described["format_version"] == 1
+    assert described["tensors"] == len(adapter.tensors)
+    assert described["parameters"] == sum(tensor.numel() for tensor in adapter.tensors.values())
+    assert described["bytes"] == saved.stat().st_size
+    assert Recipe.from_dict(described["recipe"]) == adapter.recipe
+
+
+def test_ranks_of_zero_and_convolutions_are_saved_too(base15: Base, tmp_path: Path) -> None:
+    lora = LoraSettings(unet_targets=("conv1", "to_q"), text_encoder_rank=0)
+    path = tmp_path / "photo.safetensors"
+    make_adapter(base15, lora).save(path)
+    described = describe(path)
+    assert described["ranks"]["text_encoder"] == 0
+    assert "text_encoder" not in described["targets"]
+    assert any(tensor.ndim == 4 for tensor in Adapter.load(path).tensors.values())
+    assert not any("text_encoder" in key for key in json.loads(metadata_of(path)["lora_adapter_metadata"]))
+
+
+def test_full_weights_are_saved_without_diffusers_metadata(base15: Base, tmp_path: Path) -> None:
+    path = tmp_path / "full.safetensors"
+    tensors = {f"unet.{name}": weight.detach() for name, weight in base15.parts["unet"].named_parameters()}
+    recipe = Recipe(lora=LoraSettings(text_encoder_rank=0), fit=FitSettings(method="full"))
+    replace(make_adapter(base15), tensors=tensors, recipe=recipe).save(path)
+    loaded = Adapter.load(path)
+    assert loaded.tensors.keys() == tensors.keys()
+    assert loaded.recipe.fit.method == "full"
+    assert "lora_adapter_metadata" not in metadata_of(path)
+    assert describe(path)["ranks"] == {}
+
+
+def test_check_fits_names_both_bases(base15: Base, base21: Base, adapter: Adapter) -> None:
+    check_fits(adapter, base15)
+    with pytest.raises(AdapterFileError, match="was made for base") as caught:
+        check_fits(adapter, base21)
+    assert base15.fingerprint in str(caught.value) and base21.fingerprint in str(caught.value)
+
+
+def test_values_that_float16_cant_hold_are_refused_and_nothing_is_written(
+    adapter: Adapter, tmp_path: Path
+) -> None:
+    key = next(iter(adapter.tensors))
+    for value in (1e6, float("nan")):
+        broken = replace(adapter, tensors={**adapter.tensors, key: torch.full((4, 16), value)})
+        with pytest.raises(AdapterFileError, match="isn't finite"):
+            broken.save(tmp_path / "broken.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_save_leaves_nothing(adapter: Adapter, tmp_path: Path) -> None:
+    with room_for(4096), pytest.raises(OutputError, match="can't be written"):
+        adapter.save(tmp_path / "photo.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_file_stays_unless_overwriting_is_allowed(adapter: Adapter, saved: Path) -> None:
+    content = saved.read_bytes()
+    with pytest.raises(OutputError, match="is there already"):
+        adapter.save(saved)
+    assert saved.read_bytes() == content
+    adapter.save(saved, overwrite=True)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, str], dict[str, Any]], None]) -> Path:
+    """Writes a changed copy of an adapter file.
+
+    `change` gets the tensors, the header entries, and the lora_unitune entry, decoded.
+    """
+    tensors, metadata = load_file(path), metadata_of(path)
+    own = json.loads(metadata["lora_unitune"])
+    change(tensors, metadata, own)
+    if "lora_unitune" in metadata and metadata["lora_unitune"].startswith("{"):
+        metadata["lora_unitune"] = json.dumps(own)
+    copy = path.with_name("changed.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, copy, metadata)
+    return copy
+
+
+A_KEY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+B_KEY = A_KEY.replace("lora_A", "lora_B")
+CHANGES: dict[str, tuple[Callable[..., Any], str]] = {
+    "missing tensor": (lambda tensors, metadata, own: tensors.pop(B_KEY), "to_q.lora_B.weight' is missing"),
+    "missing part": (
+        lambda tensors, metadata, own: [tensors.pop(key) for key in list(tensors) if key[0] == "t"],
+        "tensors of its text_encoder are missing",
+    ),
+    "surplus tensor": (
+        lambda tensors, metadata, own: tensors.update({"unet.other.weight": torch.ones(2)}),
+        "'unet.other.weight' doesn't belong",
+    ),
+    "tensor of no target": (
+        lambda tensors, metadata, own: tensors.update({"unet.proj.lora_A.weight": torch.ones(4, 4)}),
+        "doesn't belong",
+    ),
+    "wrong rank": (
+        lambda tensors, metadata, own: tensors.update({A_KEY: torch.ones(5, 32)}),
+        "to_q.lora_A.weight' has shape .* not rank 4",
+    ),
+    "vector": (lambda tensors, metadata, own: tensors.update({A_KEY: torch.ones(4)}), "has shape"),
+    "empty tensor": (lambda tensors, metadata, own: tensors.update({A_KEY: torch.ones(4, 0)}), "has shape"),
+    "integers": (
+        lambda tensors, metadata, own: tensors.update({A_KEY: torch.ones(4, 32, dtype=torch.int64)}),
+        "is I64; allowed are",
+    ),
+    "nan": (
+        lambda tensors, metadata, own: tensors[A_KEY].fill_(float("nan")),
+        "to_q.lora_A.weight' isn't finite",
+    ),
+    "infinite photo": (
+        lambda tensors, metadata, own: tensors[PHOTO_KEY].fill_(float("inf")),
+        "photo_latents' isn't finite",
+    ),
+    "misshapen photo": (
+        lambda tensors, metadata, own: tensors.update({PHOTO_KEY: torch.ones(4, 16, 16)}),
+        "photo_latents' has shape",
+    ),
+    "header isn't JSON": (
+        lambda tensors, metadata, own: metadata.update(lora_unitune="[" * 100_000),
+        "isn't valid JSON",
+    ),
+    "newer format": (
+        lambda tensors, metadata, own: own.update(format_version=2),
+        "format version 2 .*upgrade",
+    ),
+    "version isn't a number": (lambda tensors, metadata, own: own.update(format_version="1"), "is wrong"),
+    "no fingerprint": (lambda tensors, metadata, own: own.pop("fingerprint"), "'fingerprint' .* is missing"),
+    "rare tokens aren't text": (lambda tensors, metadata, own: own.update(rare_tokens=3), "'rare_tokens'"),
+    "terminal codes": (lambda tensors, metadata, own: own.update(base="\x1b[2J"), "'base' .* is wrong"),
+    "resolution 0": (lambda tensors, metadata, own: own.update(resolution=0), "'resolution' .* is wrong"),
+    "seconds nan": (lambda tensors, metadata, own: own.update(seconds=float("nan")), "'seconds' .* is wrong"),
+    "unknown recipe key": (
+        lambda tensors, metadata, own: own["recipe"]["fit"].update(stepz=3),
+        "recipe in its header is wrong: .*stepz",
+    ),
+    "recipe of another rank": (
+        lambda tensors, metadata, own: own["recipe"]["lora"].update(unet_rank=8),
+        "not rank 8",
+    ),
+    "lora tensors in a full adapter": (
+        lambda tensors, metadata, own: own["recipe"]["fit"].update(method="full"),
+        "doesn't belong",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_tampered_file_is_one_line(saved: Path, name: str) -> None:
+    change, message = CHANGES[name]
+    path = rewritten(saved, change)
+    with pytest.raises(AdapterFileError, match=message) as caught:
+        Adapter.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_describe_refuses_the_same_headers(saved: Path) -> None:
+    for name, (change, message) in CHANGES.items():
+        if name not in ("nan", "infinite photo"):  # those need the values
+            with pytest.raises(AdapterFileError, match=message):
+                describe(rewritten(saved, change))
+
+
+def test_files_that_arent_safetensors_are_one_line(saved: Path, tmp_path: Path) -> None:
+    content = saved.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    torch.save({"a": torch.ones(2)}, tmp_path / "zip.pt")
+    bad = {
+        "empty": (b"", "isn't a complete"),
+        "short": (b"abc", "isn't a complete"),
+        "text": (b"this is not an adapter file, it is a text", "isn't a complete"),
+        "pickle": (pickle.dumps({"a": list(range(99))}), "pickle"),
+        "zip": ((tmp_path / "zip.pt").read_bytes(), "pickle"),
+        "cut in the header": (content[: header // 2], "isn't a complete"),
+        "cut in the tensors": (content[:-10], "damaged or incomplete"),
+        "too much": (content + b"0" * 10, "damaged or incomplete"),
+        "broken header": (content[:20] + b"\xff\xfe" + content[22:], "damaged or incomplete"),
+        "header said to be huge": (struct.pack("<Q", 2**60) + content[8:], "isn't a complete"),
+        "header over the cap": (struct.pack("<Q", 17 * 2**20) + b" " * (18 * 2**20), "isn't a complete"),
+        "endless nesting": (struct.pack("<Q", 100_000) + b"[" * 100_000, "damaged or incomplete"),
+    }
+    for name, (written, message) in bad.items():
+        path = tmp_path / "bad.safetensors"
+        path.write_bytes(written)
+        with pytest.raises(AdapterFileError, match=message) as caught:
+            Adapter.load(path)
+        assert "\n" not in str(caught.value), name
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(marker),)
+
+    path = tmp_path / "photo.safetensors"
+    path.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(AdapterFileError, match="never loaded"):
+        Adapter.load(path)
+    assert not marker.exists()
+
+
+def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="doesn't exist"):
+        Adapter.load(tmp_path / "missing.safetensors")
+    with pytest.raises(AdapterFileError, match="can't be read"):
+        Adapter.load(tmp_path)
+    with pytest.raises(AdapterFileError, match="can't be read"):
+        describe("a\0b")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_unet_x.alpha": torch.ones(1)}, "of a layer that Stable Diffusion"),
+        ({"model.weight": torch.ones(2, 2)}, "none of a LoRA adapter"),
+        ({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}, "adapts no UNet"),
+        ({"unet.to_q.lora_A.weight": torch.ones(2, 2)}, "is missing"),
+        ({"unet.to_q.lora_A.weight": torch.ones(2000, 2)}, "can't hold"),
+        ({f"lora_te{n}_text_model_encoder.alpha": torch.ones(1) for n in ("", "1")}, "twice"),
+    ],
+)
+def test_a_strangers_file_that_is_no_adapter_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    with pytest.raises(AdapterFileError, match=message):
+        Adapter.load(tmp_path / "foreign.safetensors")
+
+
+def test_a_librarys_words_about_a_file_are_safe_to_print(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "photo.safetensors"
+    adapter.save(path)
+    path.write_bytes(path.read_bytes().replace(b'"F16"', b'"F\x7f6"', 1))
+    with pytest.raises(AdapterFileError, match=r"F\\x7f6") as caught:
+        Adapter.load(path)
+    assert str(caught.value).isprintable()

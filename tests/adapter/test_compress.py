@@ -1,0 +1,159 @@
+"""Compression: exact when nothing is lost, smaller when it is, and honest about how much."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import refused, run
+from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.compress import compress, effect_lost
+from lora_unitune.adapter.convert import convert
+from lora_unitune.adapter.int8 import SCALES_KEY
+from lora_unitune.editing.editor import Editor
+from lora_unitune.errors import AdapterFileError, SettingError
+from lora_unitune.families import Base
+
+EVERYTHING = replace(LORA, unet_targets=("to_q", "conv1", "ff.net.2"))
+
+
+def change(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Returns what the adapter adds to each layer's weights."""
+    found = {}
+    for key in adapter.tensors:
+        if key.endswith(".lora_A.weight"):
+            path = key.removesuffix(".lora_A.weight")
+            a, b = adapter.tensors[key].flatten(1), adapter.tensors[f"{path}.lora_B.weight"].flatten(1)
+            found[path] = adapter.scale_of(path.partition(".")[0]) * b @ a
+    return found
+
+
+def test_keeping_everything_changes_nothing(base15: Base, editor: Editor) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, keep=1.0)
+    assert found.kept == pytest.approx(1.0) and found.ranks[0] == found.ranks[1]
+    before, after = change(adapter), change(found.adapter)
+    assert all((before[path] - after[path]).abs().max() < 3e-3 for path in before)
+    settings = replace(EDIT, strength=1.0)
+    first, second = (editor.pixels(a, ["zqrt"], "", None, [0], settings) for a in (adapter, found.adapter))
+    assert (first - second).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+def test_what_is_left_is_what_was_said(base15: Base, keep: float, tmp_path: Path) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, keep=keep)
+    before, after = change(adapter), change(found.adapter)
+    energy = sum(value.square().sum().item() for value in before.values())
+    lost = sum(
+        (value - after.get(path, torch.zeros(1))).square().sum().item() for path, value in before.items()
+    )
+    assert 1 - lost / energy == pytest.approx(found.kept, abs=2e-3) and keep <= found.kept < keep + 0.05
+    adapter.save(tmp_path / "before.safetensors")
+    found.adapter.save(tmp_path / "after.safetensors")
+    assert (tmp_path / "after.safetensors").stat().st_size < (tmp_path / "before.safetensors").stat().st_size
+    again = Adapter.load(tmp_path / "after.safetensors")
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in found.adapter.tensors.items())
+
+
+def test_a_compressed_adapter_edits_with_layers_missing(base15: Base, editor: Editor, tmp_path: Path) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, keep=0.3).adapter
+    assert len(found.tensors) < len(adapter.tensors)
+    settings = replace(EDIT, strength=1.0)
+    first = editor.pixels(found, ["zqrt"], "", None, [0], settings)
+    editor.pixels(adapter, ["zqrt"], "", None, [0], settings)
+    again = editor.pixels(found, ["zqrt"], "", None, [0], settings)  # in slots with zeros: another last bit
+    assert (again - first).abs().max() < 1e-5
+
+
+def test_bytes_are_kept_to(base15: Base) -> None:
+    adapter = replace(make_adapter(base15, EVERYTHING), photo_latents=None)
+    sizes = []
+    for limit in (3000, 6000, 12000):
+        found = compress(adapter, to_bytes=limit)
+        sizes.append(2 * sum(tensor.numel() for tensor in found.adapter.tensors.values()))
+        assert sizes[-1] <= limit
+    assert sizes == sorted(set(sizes))
+
+
+def test_the_effect_lost_grows_with_what_is_cut(base15: Base) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    lost = [effect_lost(base15, adapter, compress(adapter, keep=keep).adapter) for keep in (1.0, 0.9, 0.5)]
+    assert lost[0] < 0.01 < lost[1] < lost[2] < 1.5
+    bare = replace(adapter, photo_latents=None)
+    assert effect_lost(base15, bare, bare) == 0
+
+
+def test_the_bases_word_on_what_matters_loses_less_of_the_effect(base15: Base, basexl: Base) -> None:
+    for base in (base15, basexl):
+        adapter = make_adapter(base, EVERYTHING)
+        half = sum(tensor.numel() for tensor in adapter.tensors.values())
+        blind, told = (compress(adapter, to_bytes=half, base=known).adapter for known in (None, base))
+        assert effect_lost(base, adapter, told) < effect_lost(base, adapter, blind)
+
+
+def test_eight_bits_are_half_the_bytes_and_near_by(base15: Base, tmp_path: Path) -> None:
+    adapter = make_adapter(base15, EVERYTHING)
+    found = compress(adapter, eight_bit=True).adapter
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    adapter.save(whole)
+    found.save(half, dtype=torch.int8)
+    assert half.stat().st_size < 0.7 * whole.stat().st_size
+    assert effect_lost(base15, adapter, found) < 0.02
+    again = Adapter.load(half)
+    assert again.digest == found.digest and again.tensors.keys() == found.tensors.keys()
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in found.tensors.items())
+    again.save(tmp_path / "twice.safetensors", dtype=torch.int8)
+    once, twice = load_file(half), load_file(tmp_path / "twice.safetensors")
+    assert once.keys() == twice.keys() and all(torch.equal(once[key], twice[key]) for key in once)
+    convert(half, "kohya", tmp_path / "kohya.safetensors")  # in 16 bits, which other tools read
+    wide = Adapter.load(tmp_path / "kohya.safetensors").tensors
+    assert all((wide[key] - tensor).abs().max() < 2e-3 for key, tensor in found.tensors.items())
+    with pytest.raises(SettingError, match="8 bits"):
+        found.save(tmp_path / "x", dtype=torch.int8, layout="kohya")
+
+
+def test_files_in_eight_bits_with_the_wrong_scales_are_refused(base15: Base, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    make_adapter(base15).save(path, dtype=torch.int8)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    first = next(key for key in tensors if key.endswith(".int8"))
+    wrong = {
+        "has shape": {SCALES_KEY: tensors[SCALES_KEY][1:]},
+        "isn't a matrix in 8 bits": {first.replace(".int8", ".weight"): tensors[first].half()},
+        "allowed are I8": {first: tensors[first].half()},
+        "allowed are F16": {SCALES_KEY: tensors[SCALES_KEY].to(torch.int8)},
+    }
+    for message, change in wrong.items():
+        save_file(tensors | change, path, metadata)
+        with pytest.raises(AdapterFileError, match=message):
+            Adapter.load(path)
+
+
+def test_impossible_limits_are_refused(base15: Base, adapter: Adapter) -> None:
+    for limits, message in (({}, "give one limit"), ({"keep": 0.5, "to_bytes": 9}, "give one limit"),
+                            ({"keep": 0.0}, "keep = 0"), ({"to_bytes": 1}, "leave no rank")):  # fmt: skip
+        with pytest.raises(SettingError, match=message):
+            compress(adapter, **limits)
+    with pytest.raises(SettingError, match="method 'lora'"):
+        compress(make_full_adapter(base15), keep=0.9)
+
+
+def test_compress_on_the_command_line(adapter_file: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.safetensors"
+    told = json.loads(run("compress", adapter_file, "--keep", "0.9", "-o", small, "--json").stdout)
+    assert told["bytes"] == small.stat().st_size < adapter_file.stat().st_size
+    eighth = ("--eight-bit", "-o", small, "--overwrite", "--json")
+    told = json.loads(run("compress", adapter_file, *eighth).stdout)
+    assert told["kept"] == pytest.approx(1) and told["bytes"] < 0.8 * adapter_file.stat().st_size
+    assert "keep = 1.9" in refused("compress", small, "--keep", "1.9", "-o", tmp_path / "x", folder=tmp_path)

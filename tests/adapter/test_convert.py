@@ -1,0 +1,382 @@
+"""Other layouts: what goes there comes back, other tools read it, and strangers' files open."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import QUICK, refused, run
+from conftest import XL_UNET
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from random_adapters import EDIT, LORA, make_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lora_unitune.adapter import kohya
+from lora_unitune.adapter.adapter import Adapter, describe
+from lora_unitune.adapter.convert import convert, open_adapter, strip
+from lora_unitune.adapter.header import PHOTO_KEY
+from lora_unitune.editing.editor import Editor
+from lora_unitune.errors import AdapterFileError, PromptError, SettingError
+from lora_unitune.families import POCKET_FOLDER, Base
+from lora_unitune.recipe import FitSettings, LoraSettings
+from lora_unitune.training.fit import fit
+
+EVERYTHING = replace(
+    LORA,
+    unet_targets=("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in"),
+    text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1"),
+    text_encoder_2_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc2"),
+)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def with_low_ranks(adapter: Adapter) -> Adapter:
+    """Returns the adapter with rank 1 in every other layer."""
+    low = {key.rsplit(".", 2)[0] for key in sorted(adapter.tensors)[::4]}
+    cut = {
+        key: tensor
+        if key.rsplit(".", 2)[0] not in low
+        else (tensor[:1] if ".lora_A." in key else tensor[:, :1]).contiguous()
+        for key, tensor in adapter.tensors.items()
+    }
+    return replace(adapter, tensors=cut)
+
+
+@pytest.fixture(params=["15", "21", "xl", "pocket"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return request.getfixturevalue(f"base{request.param}")
+
+
+@pytest.fixture(params=["plain", "everything", "low ranks"])
+def made(request: pytest.FixtureRequest, base: Base) -> Adapter:
+    """An adapter with attention only, with convolutions and all else, or with ranks that differ."""
+    adapter = replace(make_adapter(base, EVERYTHING if request.param != "plain" else LORA), date="2026-01-02")
+    return with_low_ranks(adapter) if request.param == "low ranks" else adapter
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_there_and_back_is_the_same_file(
+    made: Adapter, tmp_path: Path, layout: Any, dtype: torch.dtype
+) -> None:
+    first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
+    made.save(first, dtype=dtype)
+    convert(first, layout, other)
+    convert(other, "diffusers", again)
+    before, after = load_file(first), load_file(again)
+    assert before.keys() == after.keys() and metadata_of(first) == metadata_of(again)
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == dtype for key in before)
+
+
+def plain_image(folder: Path, prepare: Any) -> torch.Tensor:
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    prepare(pipeline)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    images: torch.Tensor = pipeline(
+        "zqrt ohwx a fox", num_inference_steps=3, guidance_scale=4.0, latents=noise, output_type="pt"
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
+    request: pytest.FixtureRequest, tmp_path: Path, base: Base, low: bool
+) -> None:
+    is_pocket = base.name == "pocket"
+    folder = POCKET_FOLDER if is_pocket else request.getfixturevalue(base.name.replace("-", "_"))
+    adapter = make_adapter(base, EVERYTHING)
+    if is_pocket:  # it is larger, so that changes add up
+        adapter = replace(adapter, tensors={key: tensor / 4 for key, tensor in adapter.tensors.items()})
+    adapter = with_low_ranks(adapter) if low else adapter
+    adapter.save(tmp_path / "ours.safetensors")
+    convert(tmp_path / "ours.safetensors", "kohya", tmp_path / "kohya.safetensors")
+    convert(tmp_path / "ours.safetensors", "peft", tmp_path / "peft")
+
+    def from_peft(pipeline: Any) -> None:
+        for part in base.parts:
+            adapted = PeftModel.from_pretrained(getattr(pipeline, part), tmp_path / "peft" / part)
+            setattr(pipeline, part, adapted)
+
+    ours = plain_image(folder, lambda pipeline: pipeline.load_lora_weights(tmp_path / "ours.safetensors"))
+    theirs = plain_image(folder, lambda pipeline: pipeline.load_lora_weights(tmp_path / "kohya.safetensors"))
+    plain = plain_image(folder, lambda pipeline: None)
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert (ours - plain_image(folder, from_peft)).abs().max() <= 1e-4
+    assert (ours - plain).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
+
+
+def kohya_names(models: dict[str, torch.nn.Module], family: str) -> dict[str, tuple[str, str]]:
+    """Returns the name of every layer that can be adapted; each is another, and leads back to its layer."""
+    names: dict[str, tuple[str, str]] = {}
+    for part, model in models.items():
+        for module, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and module != "text_projection":
+                name = kohya.layer_name(part, module, family)
+                assert name not in names
+                names[name] = (part, module)
+                assert kohya.module_of(name) == (part, module)
+    return names
+
+
+def test_kohya_names_are_those_of_stable_diffusion_15() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are those of 1.x
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+        )
+    names = kohya_names({"unet": unet, "text_encoder": text_encoder}, "sd")
+    attention = [name for name in names if name.startswith("lora_unet") and "attn" in name]
+    assert len(attention) == 16 * 2 * 4
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q" in names
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in names
+    assert "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0" in names
+    assert "lora_te_text_model_encoder_layers_11_self_attn_out_proj" in names
+    assert sum(name.startswith("lora_te_") for name in names) == 12 * 6
+
+
+def sdxl_names() -> set[str]:
+    """The kohya names of all layers of SDXL, counted out from the structure of Stability's own UNet."""
+    attention = ("to_q", "to_k", "to_v", "to_out_0")
+    block = [f"attn{number}_{name}" for number in (1, 2) for name in attention]
+    block += ["ff_net_0_proj", "ff_net_2"]
+    resnet = ("in_layers_2", "emb_layers_1", "out_layers_3")
+    depths = {4: 2, 5: 2, 7: 10, 8: 10}  # input block -> transformer layers
+    names = ["input_blocks_0_0", "input_blocks_3_0_op", "input_blocks_6_0_op", "out_2"]
+    names += ["time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2"]
+    names += ["output_blocks_2_2_conv", "output_blocks_5_2_conv"]
+    places = [(f"input_blocks_{n}", depths.get(n, 0)) for n in (1, 2, 4, 5, 7, 8)]
+    places += [(f"output_blocks_{n}", 10 if n < 3 else 2 if n < 6 else 0) for n in range(9)]
+    names += [f"{place}_0_{layer}" for place, _ in places for layer in resnet]
+    names += [f"{place}_0_skip_connection" for place in ("input_blocks_4", "input_blocks_7")]
+    names += [f"output_blocks_{n}_0_skip_connection" for n in range(9)]
+    names += [f"middle_block_{n}_{layer}" for n in (0, 2) for layer in resnet]
+    for place, depth in [(f"{place}_1", depth) for place, depth in places if depth] + [
+        ("middle_block_1", 10)
+    ]:
+        names += [f"{place}_proj_in", f"{place}_proj_out"]
+        names += [f"{place}_transformer_blocks_{n}_{layer}" for n in range(depth) for layer in block]
+    found = {f"lora_unet_{name}" for name in names}
+    inside = [f"self_attn_{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp_fc1", "mlp_fc2"]
+    for encoder, layers in (("te1", 12), ("te2", 32)):
+        start = f"lora_{encoder}_text_model_encoder_layers"
+        found |= {f"{start}_{n}_{name}" for n in range(layers) for name in inside}
+    return found
+
+
+def test_kohya_names_are_those_of_stable_diffusion_xl() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=XL_UNET["down_block_types"],
+            up_block_types=XL_UNET["up_block_types"],
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        small = CLIPTextConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
+        large = CLIPTextConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20)
+        text = {"text_encoder": CLIPTextModel(small), "text_encoder_2": CLIPTextModelWithProjection(large)}
+    assert set(kohya_names({"unet": unet, **text}, "sdxl")) == sdxl_names()
+
+
+def test_strangers_sdxl_files_open_whole(basexl: Base, tmp_path: Path) -> None:
+    """Without this package's header the family shows in the names, or in the second text encoder."""
+    adapter = make_adapter(basexl, EVERYTHING)
+    for layout in ("kohya", "diffusers"):
+        path = tmp_path / f"{layout}.safetensors"
+        replace(adapter, fingerprint="", photo_latents=None).save(path, dtype=torch.float32, layout=layout)
+        assert "lora_unitune" not in metadata_of(path)
+        opened = Adapter.load(path)
+        assert opened.family == "sdxl" and opened.tensors.keys() == adapter.tensors.keys()
+        assert [opened.scale_of(part) for part in opened.parts] == [2.5, 1.5, 2.5]
+        assert all(torch.equal(opened.tensors[key], tensor) for key, tensor in adapter.tensors.items())
+
+
+def test_a_kohya_file_says_what_its_tools_look_for(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "kohya.safetensors"
+    adapter.save(path, layout="kohya")
+    content, metadata, tensors = path.read_bytes(), metadata_of(path), load_file(path)
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "10")
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
+    assert len(metadata["sshs_legacy_hash"]) == 8
+    assert "lora_adapter_metadata" not in metadata  # diffusers refuses it beside these keys
+    alphas = {key: tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
+    assert set(alphas.values()) == {10.0, 3.0}
+    assert 3 * len(alphas) == len(tensors), "two matrices and an alpha each; the photo is in the header"
+    assert describe(path)["photo_embedded"] is True
+
+
+def test_the_header_follows_modelspec(adapter: Adapter, tmp_path: Path) -> None:
+    path = tmp_path / "photo.safetensors"
+    replace(adapter, date="2026-01-02").save(path)
+    content, metadata = path.read_bytes(), metadata_of(path)
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.trigger_phrase"] == adapter.rare_tokens
+    assert metadata["modelspec.date"] == "2026-01-02"
+    assert metadata["modelspec.resolution"] == "32x32"
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_a_strangers_file_opens_with_tokens(
+    base15: Base, editor: Editor, tmp_path: Path, layout: Any
+) -> None:
+    adapter, settings = make_adapter(base15, EVERYTHING), replace(EDIT, strength=1.0)
+    adapter.save(tmp_path / "ours.safetensors", dtype=torch.float32, layout=layout)
+    metadata = metadata_of(tmp_path / "ours.safetensors")
+    kept = {key: value for key, value in metadata.items() if key.startswith(("ss_", "lora_adapter"))}
+    tensors = load_file(tmp_path / "ours.safetensors")
+    tensors.pop(PHOTO_KEY, None)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(tensors, foreign, kept)
+    with pytest.raises(PromptError, match="--tokens"):
+        editor.edit(open_adapter(foreign), "a fox", strength=1.0)
+    opened = open_adapter(foreign, "zqrt  ohwx")
+    assert opened.rare_tokens == "zqrt ohwx" and describe(foreign)["fingerprint"] == ""
+    ours, theirs = (
+        editor.pixels(each, ["zqrt a fox"], "", None, [0], settings) for each in (adapter, opened)
+    )
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert editor.edit(opened, "a fox", strength=1.0, steps=2).prompt == "zqrt ohwx a fox"
+    convert(foreign, "diffusers", tmp_path / "again.safetensors")
+    again = open_adapter(tmp_path / "again.safetensors")
+    assert again.tensors.keys() == opened.tensors.keys()
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in opened.tensors.items())
+
+
+def test_alphas_that_differ_from_layer_to_layer_are_kept(
+    base15: Base, editor: Editor, tmp_path: Path
+) -> None:
+    adapter, path = make_adapter(base15), tmp_path / "foreign.safetensors"
+    adapter.save(path, dtype=torch.float32, layout="kohya")
+    tensors = load_file(path)
+    alphas = sorted(key for key in tensors if key.endswith(".alpha") and key.startswith("lora_unet"))
+    expected = dict(adapter.tensors)
+    for number, key in enumerate(alphas):
+        tensors[key] *= 1 + number % 3
+        found = kohya.module_of(key.removesuffix(".alpha"))
+        assert found
+        expected[f"{found[0]}.{found[1]}.lora_B.weight"] = (1 + number % 3) * expected[
+            f"{found[0]}.{found[1]}.lora_B.weight"
+        ]
+    save_file(tensors, path)
+    settings = replace(EDIT, strength=1.0)
+    ours = editor.pixels(replace(adapter, tensors=expected), ["zqrt"], "", None, [0], settings)
+    theirs = editor.pixels(Adapter.load(path), ["zqrt"], "", None, [0], settings)
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_layers_of_lower_rank_draw_as_if_filled_with_zeros(base15: Base, editor: Editor) -> None:
+    low = with_low_ranks(make_adapter(base15))
+    full = {key: torch.zeros_like(tensor) for key, tensor in make_adapter(base15).tensors.items()}
+    for key, tensor in low.tensors.items():
+        full[key][tuple(slice(side) for side in tensor.shape)] = tensor
+    settings = replace(EDIT, strength=1.0)
+    other = editor.pixels(make_adapter(base15, seed=5), ["zqrt"], "", None, [0], settings)
+    first, second = (
+        editor.pixels(each, ["zqrt"], "", None, [0], settings) for each in (low, replace(low, tensors=full))
+    )
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_strip_takes_out_what_an_edit_doesnt_need(adapter: Adapter, tmp_path: Path) -> None:
+    path, bare = tmp_path / "photo.safetensors", tmp_path / "bare.safetensors"
+    recipe = replace(adapter.recipe, fit=FitSettings(steps=77))
+    replace(adapter, seed=123456, seconds=98.7, date="2026-01-02", recipe=recipe).save(path)
+    strip(path, bare)
+    text = json.dumps(metadata_of(bare))
+    for told in ("123456", "98.7", "2026-01-02", "77", adapter.base):
+        assert told not in text
+    assert "2026-01-02" in describe(path)["privacy"] and "latents" in describe(path)["privacy"]
+    assert "latents" not in describe(bare)["privacy"] and "can redraw" in describe(bare)["privacy"]
+    before, after = Adapter.load(path), Adapter.load(bare)
+    assert after.photo_latents is None
+    assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())
+    assert after.recipe.edit == before.recipe.edit and after.fingerprint == before.fingerprint
+    strip(path, tmp_path / "kept.safetensors", keep_photo=True)
+    assert Adapter.load(tmp_path / "kept.safetensors").photo_latents is not None
+
+
+def test_convert_and_strip_on_the_command_line(adapter_file: Path, edit: list[Any], tmp_path: Path) -> None:
+    folder, bare = tmp_path / "peft", tmp_path / "bare.safetensors"
+    assert run("convert", adapter_file, "--to", "peft", "-o", folder).exit_code == 0
+    assert json.loads(run("strip", folder, "-o", bare, "--json").stdout)["bytes"] == bare.stat().st_size
+    assert "there already" in refused("convert", bare, "--to", "peft", "-o", folder, folder=tmp_path)
+    assert run("convert", bare, "--to", "peft", "-o", folder, "--overwrite").exit_code == 0
+    out = tmp_path / "out.png"
+    assert run(*edit[:-1], folder, "a fox", "-o", out, "--strength", "1").exit_code == 0
+    (folder / "unet" / "adapter_config.json").write_text("[" * 100_000)
+    assert "can't be read" in refused("convert", folder, "--to", "kohya", "-o", out, folder=tmp_path)
+    (folder / "unet" / "adapter_config.json").unlink()
+    (folder / "text_encoder" / "adapter_config.json").unlink()
+    assert "adapter_config.json" in refused("convert", folder, "--to", "kohya", "-o", out, folder=tmp_path)
+
+
+def test_full_weights_have_no_other_layout(base15: Base, tmp_path: Path) -> None:
+    tensors = {f"unet.{name}": weight.detach() for name, weight in base15.parts["unet"].named_parameters()}
+    recipe = replace(
+        make_adapter(base15).recipe, lora=LoraSettings(text_encoder_rank=0), fit=FitSettings(method="full")
+    )
+    path = tmp_path / "full.safetensors"
+    replace(make_adapter(base15), tensors=tensors, recipe=recipe).save(path)
+    for layout in ("kohya", "peft"):
+        message = refused("convert", path, "--to", layout, "-o", tmp_path / "out", folder=tmp_path)
+        assert "method 'full'" in message
+
+
+def test_a_peft_folder_with_wrong_tensors_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+    adapter.save(tmp_path / "photo.safetensors")
+    convert(tmp_path / "photo.safetensors", "peft", tmp_path / "peft")
+    weights = tmp_path / "peft" / "unet" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = min(tensors)
+    save_file({**tensors, key: tensors[key][:, :0].contiguous()}, weights)
+    with pytest.raises(AdapterFileError, match="has shape") as caught:
+        open_adapter(tmp_path / "peft")
+    assert str(caught.value).startswith(str(tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_fit_goes_on_from_an_adapter_of_any_layout(
+    base15: Base, photo_image: Any, tmp_path: Path, layout: Any
+) -> None:
+    steps = ["fit.steps=2", "fit.batch_size=1", "fit.unet_learning_rate=1e-12"]
+    steps += ["fit.text_encoder_learning_rate=1e-12"]
+    make_adapter(base15, EVERYTHING).save(tmp_path / "first.safetensors", dtype=torch.float32)
+    convert(tmp_path / "first.safetensors", layout, tmp_path / "other")
+    start = open_adapter(tmp_path / "other")
+    found = fit(photo_image, base=base15, overrides=steps, start=start)
+    assert found.recipe.lora == start.recipe.lora and found.rare_tokens == start.rare_tokens
+    assert all((found.tensors[key] - tensor).abs().max() < 1e-3 for key, tensor in start.tensors.items())
+    with pytest.raises(SettingError, match="method 'lora' only"):
+        fit(photo_image, base=base15, overrides=["fit.method=full"], start=start)
+
+
+def test_the_command_line_goes_on_too(
+    adapter_file: Path, photo: Path, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    out, base = tmp_path / "more.safetensors", ["--base", tiny_sd15, *QUICK]
+    assert run("fit", photo, "-o", out, "--from", adapter_file, *base).exit_code == 0
+    before, after = Adapter.load(adapter_file), Adapter.load(out)
+    assert before.tensors.keys() == after.tensors.keys() and before.digest != after.digest
