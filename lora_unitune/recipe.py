@@ -1,22 +1,32 @@
-"""Recipes: every setting of a fit and an edit, as frozen dataclasses that read and write TOML.
+"""Recipes: every setting of a fit and the defaults of its edits, as one value that reads and writes TOML.
 
-A recipe's TOML sections carry the names of the fields of `Recipe`, and their keys the names of the fields of
-the section's dataclass. Keys, types and ranges are strict: anything else is a `RecipeError` that says what is
-allowed.
+A recipe's TOML sections carry the names of the fields of `Recipe`; the section `lora` has one section below it
+for each part of the base. Keys, types and ranges are strict: anything else is a `RecipeError` that says what
+is allowed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_origin
 
 from lora_unitune.errors import RecipeError
+from lora_unitune.settings import (
+    EditSettings,
+    FitSettings,
+    LoraSettings,
+    PhotoSettings,
+    PromptSettings,
+    Section,
+    kind_of,
+    make_section,
+    nearest,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,163 +36,37 @@ else:  # pragma: no cover - Python 3.10
 _PACKAGE_FOLDER = Path(__file__).resolve().parent
 
 
-def _between(low: float, high: float) -> dict[str, Any]:
-    """Metadata of a number in [low, high]."""
-    return {"low": low, "high": high}
-
-
-def _above(low: float, high: float) -> dict[str, Any]:
-    """Metadata of a number in (low, high]."""
-    return {"low": low, "high": high, "open": True}
-
-
-class _Checked:
-    """Checks (and normalises lists to tuples, whole numbers to floats) the fields of a settings section."""
-
-    def __post_init__(self) -> None:
-        section = _SECTION_OF[type(self).__name__]
-        hints = get_type_hints(type(self))
-        for setting in dataclasses.fields(self):  # type: ignore[arg-type]
-            name = f"{section}.{setting.name}"
-            value = getattr(self, setting.name)
-            checked = _checked_value(name, value, hints[setting.name], setting.metadata)
-            object.__setattr__(self, setting.name, checked)
-
-
-@dataclass(frozen=True)
-class PhotoSettings(_Checked):
-    """How the photo is read.
-
-    Attributes:
-        resolution: Side of the square photo in pixels; 0 takes the base's own.
-    """
-
-    resolution: int = field(default=0, metadata=_between(0, 4096))
-
-
-@dataclass(frozen=True)
-class LoraSettings(_Checked):
-    """Low-rank adapters (arXiv 2106.09685): rank r, alpha and adapted modules of each part of the base.
-
-    Attributes:
-        unet_rank: Rank of the UNet's adapters.
-        unet_alpha: Their alpha; an adapter's output is scaled by alpha / rank.
-        unet_targets: Ends of the names of the UNet modules that are adapted.
-        text_encoder_rank: Rank of the text encoder's adapters; 0 leaves the text encoder as it is.
-        text_encoder_alpha: Their alpha.
-        text_encoder_targets: Ends of the names of the text encoder's modules that are adapted.
-        text_encoder_2_rank: The same for the second text encoder, of bases that have one.
-        text_encoder_2_alpha: Likewise.
-        text_encoder_2_targets: Likewise.
-    """
-
-    unet_rank: int = field(default=8, metadata=_between(1, 1024))
-    unet_alpha: float = field(default=8.0, metadata=_above(0, 4096))
-    unet_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    text_encoder_rank: int = field(default=4, metadata=_between(0, 1024))
-    text_encoder_alpha: float = field(default=4.0, metadata=_above(0, 4096))
-    text_encoder_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-    text_encoder_2_rank: int = field(default=4, metadata=_between(0, 1024))
-    text_encoder_2_alpha: float = field(default=4.0, metadata=_above(0, 4096))
-    text_encoder_2_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-@dataclass(frozen=True)
-class FitSettings(_Checked):
-    """The training on one photo.
-
-    Attributes:
-        method: "lora" trains low-rank adapters; "full" trains all weights of the same parts.
-        steps: Optimizer steps.
-        batch_size: Noised copies of the photo in one forward pass.
-        gradient_accumulation: Forward passes per optimizer step.
-        unet_learning_rate: Learning rate of the UNet's adapters.
-        text_encoder_learning_rate: Learning rate of the text encoders' adapters.
-        optimizer: Name of an optimizer, see `training/optimizers.py`; "auto" is adamw, or adamw8bit for many
-            weights on a GPU.
-        weight_decay: Decoupled weight decay.
-        max_gradient_norm: Gradients are clipped to this norm; 0 leaves them alone.
-        warmup_steps: Steps over which the learning rate grows linearly from 0.
-        decay_share: Share of the steps, the last ones, over which the learning rate falls linearly to 0.
-        precision: Number format of the forward pass; "auto" picks one for the device.
-        gradient_checkpointing: Trades time for memory by recomputing activations.
-        quantize: Rounds the frozen base's linear layers to 8 or 4 bits (QLoRA, arXiv 2305.14314).
-    """
-
-    method: Literal["lora", "full"] = "lora"
-    steps: int = field(default=64, metadata=_between(1, 100_000))
-    batch_size: int = field(default=4, metadata=_between(1, 1024))
-    gradient_accumulation: int = field(default=1, metadata=_between(1, 1024))
-    unet_learning_rate: float = field(default=4e-4, metadata=_above(0, 1))
-    text_encoder_learning_rate: float = field(default=1e-4, metadata=_above(0, 1))
-    optimizer: str = "auto"
-    weight_decay: float = field(default=0.0, metadata=_between(0, 1))
-    max_gradient_norm: float = field(default=1.0, metadata=_between(0, 1e6))
-    warmup_steps: int = field(default=0, metadata=_between(0, 100_000))
-    decay_share: float = field(default=0.0, metadata=_between(0, 1))
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    gradient_checkpointing: bool = False
-    quantize: Literal["none", "int8", "nf4"] = "none"
-
-
-@dataclass(frozen=True)
-class PromptSettings(_Checked):
-    """The rare tokens that stand for the photo.
-
-    Attributes:
-        rare_tokens: The tokens, separated by spaces; "" finds them in the base's tokenizer.
-        rare_token_count: How many are looked for.
-    """
-
-    rare_tokens: str = ""
-    rare_token_count: int = field(default=2, metadata=_between(1, 8))
-
-
-@dataclass(frozen=True)
-class EditSettings(_Checked):
-    """The sampler's settings.
-
-    Attributes:
-        steps: Sampling steps of a full run, from pure noise.
-        guidance: Classifier-free guidance weight w (arXiv 2207.12598); 1 switches guidance off.
-        guidance_start: Share of a full run's denoising, the noisiest part, that goes without guidance
-            (arXiv 2404.07724).
-        guidance_stop: Share of it after which guidance ends.
-        guidance_rescale: phi of arXiv 2305.08891, section 3.4; 0 switches it off.
-        strength: How much noise the photo gets before sampling starts (t0 of SDEdit, arXiv 2108.01073); 1 is
-            pure noise.
-        adapter_scale: Multiplies the adapter's output; 0 is the plain base.
-        unconditional: Which weights predict the empty prompt's branch: "adapter" or "base".
-        residual: Adds to the photo, step by step, only what the prompt changes against the rare tokens alone
-            (FlowEdit, arXiv 2412.08629); below strength 1.
-    """
-
-    steps: int = field(default=25, metadata=_between(1, 1000))
-    guidance: float = field(default=5.0, metadata=_between(1, 100))
-    guidance_start: float = field(default=0.0, metadata=_between(0, 1))
-    guidance_stop: float = field(default=1.0, metadata=_between(0, 1))
-    guidance_rescale: float = field(default=0.7, metadata=_between(0, 1))
-    strength: float = field(default=0.95, metadata=_above(0, 1))
-    adapter_scale: float = field(default=1.0, metadata=_between(0, 4))
-    unconditional: Literal["adapter", "base"] = "adapter"
-    residual: bool = False
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a fit and the defaults of its edits."""
+    """Every setting of a fit and the defaults of its edits.
+
+    Attributes:
+        photo: At which size the base works on the photo.
+        lora: By part of the base. A part that isn't in it is as the base's family has it.
+        fit: The training.
+        prompt: The rare tokens.
+        edit: Defaults of the edits.
+    """
 
     photo: PhotoSettings = field(default_factory=PhotoSettings)
-    lora: LoraSettings = field(default_factory=LoraSettings)
+    lora: Mapping[str, LoraSettings] = field(default_factory=dict)
     fit: FitSettings = field(default_factory=FitSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     edit: EditSettings = field(default_factory=EditSettings)
 
     def __post_init__(self) -> None:
-        for name, kind in _SECTIONS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                raise RecipeError(f"recipe section {name} has to be a {kind.__name__}, not {value!r}")
+        for name, kind in SECTIONS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise RecipeError(
+                    f"recipe section {name} has to be a {kind.__name__}, not {getattr(self, name)!r}"
+                )
+        if not isinstance(self.lora, Mapping):
+            raise RecipeError(f"recipe section lora has to be sections by part, not {self.lora!r}")
+        for part, section in self.lora.items():
+            if not isinstance(part, str) or not part.isidentifier():
+                raise RecipeError(f"lora.{part} isn't a part's name; it takes letters, digits and _")
+            if not isinstance(section, LoraSettings):
+                raise RecipeError(f"recipe section lora.{part} has to be a LoraSettings, not {section!r}")
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
@@ -201,7 +85,7 @@ class Recipe:
         path = Path(name) if name.endswith(".toml") else _recipe_folder() / f"{name}.toml"
         if not name.endswith(".toml") and name not in available_recipes():
             raise RecipeError(
-                f"unknown recipe {name!r}{_nearest(name, available_recipes())}; give one of "
+                f"unknown recipe {name!r}{nearest(name, available_recipes())}; give one of "
                 f"{', '.join(available_recipes())}, or the path of a .toml file"
             )
         try:
@@ -210,8 +94,9 @@ class Recipe:
             raise RecipeError(f"recipe file {name!r} doesn't exist; check the path") from None
         except UnicodeDecodeError:
             raise RecipeError(f"recipe file {name!r} isn't UTF-8 text; give a TOML file") from None
-        except OSError as error:
-            raise RecipeError(f"recipe file {name!r} can't be read: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"recipe file {name!r} can't be read: {reason}") from None
         try:
             return cls.from_toml(text)
         except RecipeError as error:
@@ -236,20 +121,18 @@ class Recipe:
         Raises:
             RecipeError: A key, type or value isn't allowed.
         """
-        return cls(**_sections_with(cls(), settings))
+        return cls()._with(settings)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the recipe as nested dictionaries that JSON and TOML can hold (tuples as lists)."""
-        sections = dataclasses.asdict(self)
-        return {
-            name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
-            for name, section in sections.items()
-        }
+        return {name: _plain(section) for name, section in dataclasses.asdict(self).items()}
 
     def to_toml(self) -> str:
         """Returns the recipe as TOML with every value written out."""
+        sections = self.to_dict()
+        parts = {f"lora.{part}": section for part, section in sections.pop("lora").items()}
         blocks = []
-        for name, section in self.to_dict().items():
+        for name, section in {**parts, **sections}.items():
             lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
             blocks.append("\n".join([f"[{name}]", *lines]))
         return "\n\n".join(blocks) + "\n"
@@ -258,33 +141,61 @@ class Recipe:
         """Returns a copy with some settings replaced.
 
         Args:
-            assignments: Texts like "fit.steps=50", "lora.unet_targets=to_q,to_v" or "fit.precision=bf16".
+            assignments: Texts like "fit.steps=50", "lora.PART.targets=a,b" or "fit.precision=bf16".
 
         Raises:
             RecipeError: An assignment isn't of that form, or its key, type or value isn't allowed.
         """
-        changes: dict[str, dict[str, Any]] = {}
+        changes: dict[str, Any] = {}
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
-            section, dot, key = name.strip().partition(".")
+            section, dot, key = name.strip().rpartition(".")
             if not equals or not dot or not key:
                 raise RecipeError(
                     f"can't read the setting {assignment!r}; write SECTION.KEY=VALUE, as in fit.steps=50"
                 )
-            kind = _setting_kind(section, key)
-            changes.setdefault(section, {})[key] = _parse_value(f"{section}.{key}", text.strip(), kind)
-        return Recipe(**_sections_with(self, changes))
+            value = _parse_value(text.strip(), kind_of(_section_kind(section), section, key))
+            first, _, part = section.partition(".")
+            holder = changes.setdefault(first, {})
+            (holder.setdefault(part, {}) if part else holder)[key] = value
+        return self._with(changes)
+
+    def _with(self, changes: Mapping[str, Any]) -> Recipe:
+        """Returns a copy with the settings in nested dictionaries; wrong ones are a RecipeError."""
+        sections: dict[str, Any] = {}
+        for name, values in changes.items():
+            if not isinstance(values, Mapping) and (name in SECTIONS or name == "lora"):
+                raise RecipeError(
+                    f"{name} has to be a section, not {values!r}; write [{name}] above its keys"
+                )
+            if name == "lora":
+                sections[name] = dict(self.lora) | self._parts_with(values)
+            else:
+                kind = _section_kind(name)
+                sections[name] = make_section(kind, name, values, getattr(self, name))
+        return dataclasses.replace(self, **sections)
+
+    def _parts_with(self, changes: Mapping[str, Any]) -> dict[str, LoraSettings]:
+        """Returns the changed sections below `lora`."""
+        changed = {}
+        for part, values in changes.items():
+            name = f"lora.{part}"
+            if not isinstance(values, Mapping):
+                raise RecipeError(
+                    f"{name} = {values!r} isn't allowed; each part of the base has a section of its own: write "
+                    "[lora.PART] above its rank, alpha and targets"
+                )
+            changed[part] = make_section(LoraSettings, name, values, self.lora.get(part))
+        return changed
 
 
-_SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type[Section]] = {
     "photo": PhotoSettings,
-    "lora": LoraSettings,
     "fit": FitSettings,
     "prompt": PromptSettings,
     "edit": EditSettings,
 }
-_DEFAULTS = {"sd": "sd15/8gb", "sdxl": "sdxl/12gb"}
-_SECTION_OF = {kind.__name__: name for name, kind in _SECTIONS.items()}
+"""The sections of a recipe besides those of `lora`."""
 
 
 def available_recipes() -> list[str]:
@@ -293,93 +204,36 @@ def available_recipes() -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.toml"))
 
 
-def default_recipe(base_name: str, family: str) -> Recipe:
-    """Returns the recipe for a base when the user names none.
-
-    Args:
-        base_name: Name, folder or hub id of the base, as the user gave it.
-        family: The base's family, "sd" or "sdxl".
-    """
-    return Recipe.load("pocket/default" if base_name == "pocket" else _DEFAULTS[family])
-
-
 def _recipe_folder() -> Path:
     """Returns the recipes in an installed package, or the top-level ones of a source checkout."""
     installed = _PACKAGE_FOLDER / "recipes"
     return installed if installed.is_dir() else _PACKAGE_FOLDER.parent / "recipes"
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """Returns a suggestion, " (did you mean 'steps'?)", or nothing when no name is near."""
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
-def _setting_kind(section: str, key: str) -> Any:
-    """Returns the type of a setting.
+def _section_kind(name: str) -> type[Section]:
+    """Returns the class of a section; "lora.PART" is that of a part.
 
     Raises:
-        RecipeError: There is no such section or key.
+        RecipeError: There is no such section.
     """
-    if section not in _SECTIONS:
-        nearest = _nearest(section, _SECTIONS)
-        names = ", ".join(_SECTIONS)
-        raise RecipeError(f"unknown recipe section {section!r}{nearest}; the sections are {names}")
-    kinds = get_type_hints(_SECTIONS[section])
-    if key not in kinds:
-        nearest = _nearest(key, kinds)
-        raise RecipeError(f"unknown setting {key!r} of {section}{nearest}; it has {', '.join(kinds)}")
-    return kinds[key]
+    first, _, part = name.partition(".")
+    if first == "lora" and part:
+        return LoraSettings
+    if name not in SECTIONS:
+        known = [*SECTIONS, "lora.PART"]
+        hint = " (settings are by part: lora.PART.rank)" if first == "lora" else nearest(name, SECTIONS)
+        raise RecipeError(f"unknown recipe section {name!r}{hint}; the sections are {', '.join(known)}")
+    return SECTIONS[name]
 
 
-def _sections_with(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recipe's sections, changed; unknown names are a RecipeError."""
-    sections = {name: getattr(recipe, name) for name in _SECTIONS}
-    for name, values in changes.items():
-        if name in _SECTIONS and not isinstance(values, Mapping):
-            raise RecipeError(f"{name} has to be a section, not {values!r}; write [{name}] above its keys")
-        for key in values if name in _SECTIONS else [""]:
-            _setting_kind(name, key)
-        sections[name] = dataclasses.replace(sections[name], **values)
-    return sections
+def _plain(value: Any) -> Any:
+    """Returns nested dictionaries with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _checked_value(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
-    """Returns a setting's value in its own type, or raises a RecipeError that names what is allowed."""
-    origin = get_origin(kind)
-    if origin is Literal:
-        if value not in get_args(kind) or not isinstance(value, str):
-            raise RecipeError(f"{name} = {value!r} isn't allowed; choose one of {', '.join(get_args(kind))}")
-        return value
-    if origin is tuple:
-        texts = tuple(value) if isinstance(value, (list, tuple)) else ()
-        if not texts or not all(isinstance(text, str) and text and text.isprintable() for text in texts):
-            raise RecipeError(f"{name} = {value!r} isn't allowed; give a list of one or more names")
-        return texts
-    if kind is str:
-        if not isinstance(value, str) or not value.isprintable():
-            raise RecipeError(f"{name} = {value!r} isn't allowed; give one line of text")
-        return value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise RecipeError(f"{name} = {value!r} isn't allowed; give true or false")
-        return value
-    return _checked_number(name, value, kind, limits)
-
-
-def _checked_number(name: str, value: Any, kind: type, limits: Mapping[str, Any]) -> int | float:
-    """Returns an int or float within its limits, or raises a RecipeError that names them."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    right_type = is_number and (kind is float or isinstance(value, int))
-    low, high, is_open = limits["low"], limits["high"], limits.get("open", False)
-    if not right_type or not low <= value <= high or (is_open and value == low):
-        noun = "a whole number" if kind is int else "a number"
-        lower = f"above {low:g} and up to" if is_open else f"from {low:g} to"
-        raise RecipeError(f"{name} = {value!r} isn't allowed; give {noun} {lower} {high:g}")
-    return float(value) if kind is float else int(value)
-
-
-def _parse_value(name: str, text: str, kind: Any) -> Any:
+def _parse_value(text: str, kind: Any) -> Any:
     """Reads an override's text in the setting's own type; what can't be read goes on to the check as text."""
     if get_origin(kind) is tuple:
         return [part.strip().strip("\"'") for part in text.strip("[]").split(",") if part.strip()]

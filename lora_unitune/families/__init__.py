@@ -1,173 +1,255 @@
-"""Kinds of base model: what a fit and an edit need from one, and how to load one by name."""
+"""Kinds of base model: what a fit and an edit need from one, the table of families, and how to load a base.
+
+Only inside this folder is it known what a base is made of. Everything else reads its row of the table. Importing
+this file loads no torch: files are described without it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-import json
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+from lora_unitune.errors import RecipeError
+from lora_unitune.families.names import SD_NAMES, SDXL_NAMES, LayerNames
+from lora_unitune.recipe import Recipe
+from lora_unitune.settings import LoraSettings, nearest
 
-from lora_unitune.errors import BaseModelError, DeviceError
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-FAMILIES: dict[str, tuple[str, str]] = {
-    "StableDiffusionPipeline": ("sd", "lora_unitune.families.sd"),
-    "StableDiffusionXLPipeline": ("sdxl", "lora_unitune.families.sdxl"),
-}
-"""Pipeline class named in model_index.json -> (family, module with a `load` function)."""
-
-PARTS: dict[str, tuple[str, ...]] = {
-    "sd": ("unet", "text_encoder"),
-    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
-}
-"""Family -> the parts that a fit can adapt."""
+    from lora_unitune.families.sampler import Sampler
+    from lora_unitune.families.schedule import NoiseSchedule
 
 POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket" / "weights"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+Condition = dict[str, "Tensor"]
+"""All that a denoiser is told beside the noised picture and the time; batch first; the names are the family's."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of base model: its row of the table, which everything else reads.
+
+    Attributes:
+        name: What files call it.
+        title: What people call it.
+        pipelines: Pipeline classes of diffusers that are of this kind, as model_index.json names them.
+        module: Module with `load(name, location, device, dtype, quantize) -> Base`.
+        denoiser: The part that predicts; the others turn the prompt into its condition.
+        parts: What a fit can adapt, with each part's defaults.
+        recipe: Name of the shipped recipe for bases of this kind.
+        names: What other tools call its layers.
+        signs: Beginnings of keys by which a file of another tool is known to be of this kind.
+    """
+
+    name: str
+    title: str
+    pipelines: tuple[str, ...]
+    module: str
+    denoiser: str
+    parts: Mapping[str, LoraSettings]
+    recipe: str
+    names: LayerNames = field(default_factory=LayerNames)
+    signs: tuple[str, ...] = ()
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """Returns a recipe with settings for every part: its own, and the family's where it says nothing.
+
+        Raises:
+            RecipeError: The recipe has settings for a part that bases of this kind don't have.
+        """
+        for part in recipe.lora:
+            if part not in self.parts:
+                raise RecipeError(
+                    f"lora.{part}: {self.title} has no part {part!r}{nearest(part, self.parts)}; it has "
+                    f"{', '.join(self.parts)}"
+                )
+        lora = {}
+        for part, default in self.parts.items():
+            given = recipe.lora.get(part, default)
+            lora[part] = dataclasses.replace(
+                given,
+                targets=given.targets or default.targets,
+                learning_rate=given.learning_rate or default.learning_rate,
+            )
+        return dataclasses.replace(recipe, lora=lora)
+
+    def owns(self, shapes: Mapping[str, tuple[int, ...]], keys: Any = ()) -> bool:
+        """Says whether a file of another tool is surely of this kind.
+
+        Args:
+            shapes: of its tensors, by this package's keys.
+            keys: of the file, as they are written in it.
+        """
+        signed = any(key.startswith(self.signs) for key in [*shapes, *keys]) if self.signs else False
+        return signed or self.names.kind_of(shapes) is not None
+
+
+_UNET = LoraSettings(8, targets=("to_q", "to_k", "to_v", "to_out.0"), learning_rate=4e-4)
+_CLIP = LoraSettings(4, targets=("q_proj", "k_proj", "v_proj", "out_proj"), learning_rate=1e-4)
+
+FAMILIES: dict[str, Family] = {
+    row.name: row
+    for row in (
+        Family(
+            name="sd",
+            title="Stable Diffusion 1.x and 2.x",
+            pipelines=("StableDiffusionPipeline",),
+            module="lora_unitune.families.sd",
+            denoiser="unet",
+            parts={"unet": _UNET, "text_encoder": _CLIP},
+            recipe="sd15/8gb",
+            names=SD_NAMES,
+        ),
+        Family(
+            name="sdxl",
+            title="Stable Diffusion XL",
+            pipelines=("StableDiffusionXLPipeline",),
+            module="lora_unitune.families.sdxl",
+            denoiser="unet",
+            parts={"unet": _UNET, "text_encoder": _CLIP, "text_encoder_2": _CLIP},
+            recipe="sdxl/12gb",
+            names=SDXL_NAMES,
+            signs=(
+                "text_encoder_2.",
+                "lora_te2_",
+                "lora_unet_input_block",
+                "lora_unet_middle_block",
+                "lora_unet_output_block",
+            ),
+        ),
+    )
+}
+"""The table of families, by name."""
+
+
+def family_of_file(shapes: Mapping[str, tuple[int, ...]], keys: Any = ()) -> Family:
+    """Returns the family of a file that doesn't say it: the one that surely owns it, else the first.
+
+    Args:
+        shapes: of its tensors, by this package's keys.
+        keys: of the file, as they are written in it.
+    """
+    rows = list(FAMILIES.values())
+    return next((row for row in reversed(rows) if row.owns(shapes, keys)), rows[0])
+
+
+class Vocabulary(Protocol):
+    """What rare tokens are looked for in: a base's tokenizer and the embeddings of its tokens."""
+
+    room: int
+    """Tokens that a prompt may have."""
+
+    def words(self) -> dict[str, int]:
+        """Returns the words that are one token -> its number; later numbers are rarer."""
+        ...
+
+    def norms(self) -> list[float] | None:
+        """Returns the length of each token's embedding, by its number; None where there are none."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Returns a text's tokens, without those for start and end."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """Returns the text of tokens."""
+        ...
+
+    def special(self) -> set[int]:
+        """Returns the tokens that stand for no text: start, end, padding, unknown."""
+        ...
 
 
 @runtime_checkable
 class Base(Protocol):
     """A base model in memory, frozen and in eval mode.
 
-    `name` is what the user asked for, `family` the kind of model, `fingerprint` 16 hexadecimal digits that
-    change with the weights, `resolution` the side in pixels the base was trained at, `resolution_step` what a
-    side must be a multiple of, `quantized` what its linear layers were rounded to, or "none". `parts` holds
-    the modules a fit adapts, by the names diffusers gives them, and `vae` the one that only encodes and
-    decodes pictures.
+    Pictures are x0 (b, c, h, w) in whatever space the base denoises in, float32.
+
+    Attributes:
+        name: "pocket", a hub id, or a folder's name without its path.
+        fingerprint: 16 hexadecimal digits that change with the weights.
+        family: Its row of the table.
+        device: Where it computes.
+        dtype: Of the parts' weights.
+        quantized: What the parts' linear layers were rounded to, or "none".
+        size: (width, height) in pixels that it was trained at.
+        size_step: What a side in pixels must be a multiple of.
+        parts: The modules that a fit can adapt, by the names in the family's row.
+        frozen: The others, which only encode and decode; out of the device's memory while a fit takes steps.
     """
 
     name: str
-    family: str
     fingerprint: str
-    resolution: int
-    resolution_step: int
+    family: Family
     device: torch.device
     dtype: torch.dtype
     quantized: str
+    size: Size
+    size_step: int
     parts: dict[str, nn.Module]
-    vae: nn.Module
-    tokenizer: Any
-    prediction_type: str
-    alphas_cumprod: Tensor
+    frozen: dict[str, nn.Module]
 
-    def latent_shape(self, resolution: int = 0) -> tuple[int, int, int]:
-        """Returns (channels, h, w) of the latents of a square picture; 0 means the base's own resolution."""
-        ...
+    def sample_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """Returns (c, h, w) of x0 for a picture of (width, height) pixels; None means the base's own size.
 
-    def encode_photo(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation of the scaled latents, each (1, c, h, w) float32."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Returns the pictures (b, 3, H, W) float32 in [0, 1] of scaled latents (b, c, h, w)."""
-        ...
-
-    def tokenize(self, text: str) -> tuple[Tensor, str]:
-        """Returns the padded token ids (1, L) int64 of a text, and the part of the text that didn't fit.
-
-        L counts both encoders' ids where there are two.
+        Raises:
+            RecipeError: The base can't work at that size.
         """
         ...
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Returns all that `predict` is to know of a text, (b, rows, width), of token ids (b, L)."""
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of x0, each (1, c, h, w), of pixels (1, 3, H, W) in [-1, 1]."""
         ...
 
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """Returns the denoiser's raw output (b, c, h, w) float32; timesteps are (b,)."""
+    def decode(self, x0: Tensor) -> Tensor:
+        """Returns pixels (b, 3, H, W) float32 in [0, 1] of x0 (b, c, h, w)."""
         ...
 
-    def make_scheduler(self) -> Any:
-        """Returns a fresh diffusers sampler set up as the base asks."""
+    def tokenize(self, text: str) -> tuple[Tensor, str]:
+        """Returns the padded token ids (1, L) int64 of a text, and the part of the text that didn't fit."""
+        ...
+
+    def condition(self, prompt: str) -> Condition:
+        """Returns what the denoiser is told of a prompt, with a batch of 1. Gradients flow through the parts."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """Returns what rare tokens are looked for in."""
+        ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Returns the denoiser's raw output (b, c, h, w) float32 for noised x0 (b, c, h, w), timesteps (b,)."""
+        ...
+
+    def schedule(self, size: Size | None = None) -> NoiseSchedule:
+        """Returns the noise levels that the base was trained at, for a picture of that size."""
+        ...
+
+    def sampler(self, steps: int, size: Size | None = None, skip: int = 0) -> Sampler:
+        """Returns a fresh sampler of a full run of `steps` steps whose first `skip`, the noisiest, are left out."""
         ...
 
 
-def resolve_device(name: str) -> torch.device:
-    """Turns a device name into a device that is there.
-
-    Args:
-        name: "auto" (the best there is), "cpu", "cuda" or "mps".
-
-    Raises:
-        DeviceError: the name is unknown, or this machine has no such device.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
-    if name not in there:
-        raise DeviceError(f"device '{name}' is unknown; choose one of auto, cpu, cuda, mps")
-    if not there[name]:
-        raise DeviceError(f"device '{name}' isn't available to PyTorch on this machine; use auto or cpu")
-    return torch.device(name)
+def expanded(condition: Condition, count: int) -> Condition:
+    """Returns a condition of batch 1 repeated `count` times, without copying."""
+    return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in condition.items()}
 
 
-def locate_base(name: str) -> str:
-    """Returns the folder or hub id that `name` ("pocket", a folder, a hub id) stands for.
+def joined(*conditions: Condition) -> Condition:
+    """Returns conditions of one base as one batch, in their order."""
+    import torch
 
-    Raises:
-        BaseModelError: it is none of the three.
-    """
-    if name == "pocket":
-        return str(POCKET_FOLDER)
-    if Path(name).is_dir() or _HUB_ID.fullmatch(name):
-        return name
-    raise BaseModelError(
-        f"unknown base '{name}'; give 'pocket', a folder with a diffusers model, or a hub id (owner/model)"
-    )
-
-
-def read_model_index(name: str) -> dict[str, Any]:
-    """Reads the model_index.json of a base, from its folder or (for a hub id) through diffusers.
-
-    Raises:
-        BaseModelError: there is none, it can't be downloaded, or it isn't a diffusers index.
-    """
-    location = locate_base(name)
-    if Path(location).is_dir():
-        path = Path(location) / "model_index.json"
-        if not path.is_file():
-            raise BaseModelError(
-                f"base '{name}' isn't a diffusers model: its folder has no model_index.json; give the folder "
-                "that holds one"
-            )
-        try:
-            index: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BaseModelError(
-                f"base '{name}': model_index.json can't be read ({one_line(error)}); copy the model again"
-            ) from error
-    else:
-        from diffusers import DiffusionPipeline
-
-        try:
-            index = DiffusionPipeline.load_config(location)
-        except Exception as error:  # network, authorisation and cache errors have no common class
-            raise BaseModelError(
-                f"base '{name}' can't be downloaded ({one_line(error)}); check the id and the network, or "
-                "give a local folder"
-            ) from error
-    if not isinstance(index, dict) or "_class_name" not in index:
-        raise BaseModelError(f"base '{name}': model_index.json names no pipeline class; copy the model again")
-    return index
-
-
-def detect_family(name: str) -> tuple[str, str]:
-    """Returns the family of a base and the module that loads it, from its model_index.json.
-
-    Raises:
-        BaseModelError: the base isn't there, or is of a kind that isn't supported.
-    """
-    kind = read_model_index(name)["_class_name"]
-    if kind not in FAMILIES:
-        raise BaseModelError(
-            f"base '{name}' is a {kind}, which isn't supported; use a base of kind {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[kind]
+    return {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
 
 
 def load_base(
@@ -178,27 +260,32 @@ def load_base(
     Args:
         name: "pocket" (ships with the package), a folder with a model_index.json, or a hub id.
         device: "auto", "cpu", "cuda" or "mps".
-        dtype: of the denoiser and the text encoder; None means float16 on CUDA and float32 elsewhere.
+        dtype: Of the parts; None means float16 on CUDA and float32 elsewhere.
         quantize: "none", or "int8" or "nf4" for linear layers in 8 or 4 bits, which takes bitsandbytes.
 
     Raises:
-        BaseModelError: the base is unknown, broken, or of a kind that isn't supported.
-        DeviceError: the device isn't there.
+        BaseModelError: The base is unknown, broken, or of a kind that isn't supported.
+        DeviceError: The device isn't there.
         SettingError: bitsandbytes is needed and can't be imported.
     """
+    import torch
+
+    from lora_unitune.families.loading import detect_family, locate_base, resolve_device
+
     target = resolve_device(device)
-    _, module = detect_family(name)
+    family = detect_family(name)
     if dtype is None:
         dtype = torch.float16 if target.type == "cuda" else torch.float32
-    base: Base = importlib.import_module(module).load(name, locate_base(name), target, dtype, quantize)
+    module = importlib.import_module(family.module)
+    base: Base = module.load(name, locate_base(name), target, dtype, quantize)
     return base
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Returns an error's message as one line of at most `limit` characters that are safe to print.
+def default_recipe(name: str, family: Family) -> Recipe:
+    """Returns the recipe for a base when the user names none, with settings for every part.
 
-    Libraries quote what they found in a file, control characters included.
+    Args:
+        name: Name, folder or hub id of the base, as the user gave it.
+        family: The base's.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return family.complete(Recipe.load("pocket/default" if name == "pocket" else family.recipe))

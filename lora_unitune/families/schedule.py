@@ -1,120 +1,154 @@
-"""The diffusion objective as pure functions: timesteps, noise, target, loss."""
+"""Noise levels: one formula for diffusion (DDPM) and flow matching.
+
+Every process is x_t = alpha x0 + sigma e, and every denoiser's output a x0 + b e, so one inverse serves all:
+x0 = (b x_t - sigma output) / (b alpha - a sigma).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lora_unitune.errors import BaseModelError
 
+Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
+"""What a denoiser predicts: e (arXiv 2006.11239, equation 14), x0, v = alpha e - sigma x0 (arXiv 2202.00512,
+appendix D), or the velocity e - x0 of a straight path (arXiv 2210.02747, equation 23)."""
 
-def stratified_timesteps(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draws one timestep from each of `batch` equal strata of [0, count), in random order.
 
-    Each timestep on its own is uniform, yet a batch always covers the whole schedule, which lowers the
-    variance of the gradient (Kingma et al., "Variational Diffusion Models", arXiv 2107.00630, appendix I.1,
-    spread their timesteps to the same end).
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise levels of a base, or of a sampler's steps; all tensors are (T,) float32 on the CPU.
 
-    Args:
-        batch: how many to draw.
-        count: timesteps in the schedule, T.
-        generator: on the CPU.
-
-    Returns:
-        Timesteps (batch,) int64 on the CPU.
+    Attributes:
+        timesteps: What the denoiser is told.
+        alpha: Share of the picture, sqrt(a_t) in DDPM, 1 - sigma in flow matching.
+        sigma: Share of the noise.
+        prediction: What the denoiser predicts.
+        span: The times of pure noise and of the clean picture, as the denoiser would be told them.
     """
-    offsets = torch.rand(batch, generator=generator, dtype=torch.float64)
-    order = torch.randperm(batch, generator=generator)
-    positions = (order + offsets) / batch
-    return (positions * count).long().clamp_(max=count - 1)
 
+    timesteps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    prediction: Prediction
+    span: tuple[float, float]
 
-def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Diffuses latents: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (DDPM, arXiv 2006.11239, equation 4).
+    def __post_init__(self) -> None:
+        if self.prediction not in get_args(Prediction):
+            raise BaseModelError(
+                f"the base predicts {self.prediction!r}; it has to be {', '.join(get_args(Prediction))}"
+            )
 
-    Args:
-        latents: x_0, (b, c, h, w).
-        noise: e, standard normal, (b, c, h, w).
-        timesteps: t, (b,) int64.
-        alphas_cumprod: a, the share of signal (T,), in (0, 1] or down to 0 with zero terminal SNR.
+    @classmethod
+    def diffusion(cls, signal: Tensor, prediction: Prediction) -> NoiseSchedule:
+        """Makes the schedule of a diffusion model (DDPM, arXiv 2006.11239, equation 4).
 
-    Returns:
-        x_t, (b, c, h, w).
-    """
-    signal, spread = _coefficients(timesteps, alphas_cumprod, latents)
-    return signal * latents + spread * noise
+        Args:
+            signal: a_t, the cumulative product (T,), in (0, 1] or down to 0 with zero terminal SNR.
+            prediction: what the denoiser predicts.
+        """
+        steps, signal = torch.arange(len(signal)), signal.float().cpu()
+        return cls(steps, signal.sqrt(), (1 - signal).sqrt(), prediction, (len(signal) - 1, -1))
 
+    @classmethod
+    def flow(cls, sigma: Tensor, scale: float = 1000.0) -> NoiseSchedule:
+        """Makes the schedule of a flow-matching model: x_t = (1 - sigma) x0 + sigma e (arXiv 2210.02747).
 
-def training_target(
-    latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
-) -> Tensor:
-    """Returns what the denoiser should answer for x_t.
+        Args:
+            sigma: noise levels (T,) in (0, 1].
+            scale: the denoiser is told sigma times this.
+        """
+        sigma = sigma.float().cpu()
+        return cls(sigma * scale, 1 - sigma, sigma, "flow", (scale, 0))
 
-    Args:
-        latents: x_0, (b, c, h, w).
-        noise: e, (b, c, h, w).
-        timesteps: t, (b,) int64.
-        alphas_cumprod: a, (T,).
-        prediction_type: "epsilon" for e (arXiv 2006.11239, equation 14), "v_prediction" for
-            v = sqrt(a_t) e - sqrt(1 - a_t) x_0 (arXiv 2202.00512, appendix D), "sample" for x_0.
+    def __len__(self) -> int:
+        return len(self.timesteps)
 
-    Raises:
-        BaseModelError: the base predicts something else.
-    """
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return latents
-    if prediction_type == "v_prediction":
-        signal, spread = _coefficients(timesteps, alphas_cumprod, latents)
-        return signal * noise - spread * latents
-    raise _unknown(prediction_type)
+    def at(self, index: Tensor) -> NoiseSchedule:
+        """Returns the schedule of chosen levels, in their order; index (n,) int64."""
+        tensors = (self.timesteps, self.alpha, self.sigma)
+        timesteps, alpha, sigma = (tensor[index.cpu()] for tensor in tensors)
+        return replace(self, timesteps=timesteps, alpha=alpha, sigma=sigma)
 
+    def share(self, timestep: float) -> float:
+        """Returns the share of the denoising that lies behind at a time: 0 at pure noise, 1 when it is clean."""
+        noise, clean = self.span
+        return (noise - timestep) / (noise - clean)
 
-def clean_latents(
-    prediction: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
-) -> Tensor:
-    """Returns the x_0 that a denoiser's answer for x_t stands for: the inverse of `training_target`.
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draws one level from each of `batch` equal strata of the schedule, in random order.
 
-    Args:
-        prediction: what the denoiser answered, (b, c, h, w).
-        noisy: x_t, (b, c, h, w).
-        timesteps: t, (b,) int64.
-        alphas_cumprod: a, (T,).
-        prediction_type: "epsilon" (arXiv 2006.11239, equation 15), "v_prediction" (arXiv 2202.00512,
-            appendix D) or "sample".
+        Each level on its own is uniform, yet a batch always covers the whole schedule, which lowers the
+        variance of the gradient (Kingma et al., "Variational Diffusion Models", arXiv 2107.00630, appendix
+        I.1, spread their timesteps to the same end).
 
-    Raises:
-        BaseModelError: the base predicts something else.
-    """
-    signal, spread = _coefficients(timesteps, alphas_cumprod, noisy)
-    if prediction_type == "epsilon":
-        return (noisy - spread * prediction) / signal
-    if prediction_type == "sample":
-        return prediction
-    if prediction_type == "v_prediction":
-        return signal * noisy - spread * prediction
-    raise _unknown(prediction_type)
+        Args:
+            batch: how many to draw.
+            generator: on the CPU.
 
+        Returns:
+            Indices (batch,) int64 on the CPU.
+        """
+        offsets = torch.rand(batch, generator=generator, dtype=torch.float64)
+        order = torch.randperm(batch, generator=generator)
+        positions = (order + offsets) / batch
+        return (positions * len(self)).long().clamp_(max=len(self) - 1)
 
-def snr(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Returns the signal-to-noise ratio a_t / (1 - a_t) per timestep, (b,) (arXiv 2107.00630, equation 3)."""
-    signal = alphas_cumprod.to(timesteps.device)[timesteps]
-    return signal / (1 - signal)
+    def add_noise(self, clean: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """Returns x_t = alpha x0 + sigma e.
 
+        Args:
+            clean: x0, (b, c, h, w).
+            noise: e, standard normal, same shape.
+            index: of the levels, (b,) int64.
+        """
+        alpha, sigma = self._levels(index, clean)
+        return alpha * clean + sigma * noise
 
-def mean_squared_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean squared error over all elements, a float32 scalar (arXiv 2006.11239, equation 14)."""
-    return torch.nn.functional.mse_loss(prediction.float(), target.float())
+    def target(self, clean: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """Returns what the denoiser should answer for x_t: a x0 + b e.
 
+        Args:
+            clean: x0, (b, c, h, w).
+            noise: e, same shape.
+            index: of the levels, (b,) int64.
+        """
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return clean
+        a, b = self._output(*self._levels(index, clean))
+        return b * noise + a * clean
 
-def _coefficients(timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns sqrt(a_t) and sqrt(1 - a_t), each (b, 1, 1, 1)."""
-    signal = alphas_cumprod.to(like.device)[timesteps.to(like.device)].view(-1, 1, 1, 1)
-    return signal.sqrt().to(like.dtype), (1 - signal).sqrt().to(like.dtype)
+    def clean(self, output: Tensor, noisy: Tensor, index: Tensor) -> Tensor:
+        """Returns the x0 that a denoiser's answer for x_t stands for, the inverse of `target`.
 
+        Args:
+            output: what the denoiser answered, (b, c, h, w).
+            noisy: x_t, same shape.
+            index: of the levels, (b,) int64.
+        """
+        alpha, sigma = self._levels(index, noisy)
+        a, b = self._output(alpha, sigma)
+        return (b * noisy - sigma * output) / (b * alpha - a * sigma)
 
-def _unknown(prediction_type: str) -> BaseModelError:
-    return BaseModelError(
-        f"the base predicts '{prediction_type}'; it has to be epsilon, v_prediction or sample"
-    )
+    def noise_to_signal(self) -> Tensor:
+        """Returns sigma / alpha of every level, (T,); infinite at pure noise."""
+        return self.sigma / self.alpha
+
+    def _levels(self, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns alpha and sigma, each (b, 1, 1, 1), as `like` is."""
+        levels = (values[index.cpu()].view(-1, 1, 1, 1) for values in (self.alpha, self.sigma))
+        alpha, sigma = (values.to(like.device, like.dtype) for values in levels)
+        return alpha, sigma
+
+    def _output(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a and b of the output a x0 + b e."""
+        if self.prediction == "v_prediction":
+            return -sigma, alpha
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        return {"epsilon": (zero, one), "sample": (one, zero), "flow": (-one, one)}[self.prediction]

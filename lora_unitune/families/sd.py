@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import re
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
-from lora_unitune.errors import BaseModelError, RecipeError
-from lora_unitune.families import one_line, read_model_index
+from lora_unitune.errors import RecipeError
+from lora_unitune.families import FAMILIES, Condition, Size
+from lora_unitune.families.loading import fingerprint_of, load_components, public_name, quiet
 from lora_unitune.families.quantize import place
+from lora_unitune.families.sampler import Sampler
+from lora_unitune.families.schedule import NoiseSchedule
 
 _UNET_SHAPE = (
     "in_channels",
@@ -44,15 +40,17 @@ _NOISE_SCHEDULE = (
     "rescale_betas_zero_snr",
 )
 _FINGERPRINT_ROWS = 1024
+_WHOLE_WORD = re.compile(r"(.+)</w>")
 
 
 class StableDiffusionBase:
     """A Stable Diffusion 1.x or 2.x base in memory; see `families.Base` for what each member means.
 
-    The VAE stays in float32 whatever `dtype` is: it is small, and half precision can overflow in it.
+    x0 are the VAE's latents times its scaling factor. The VAE stays in float32 whatever `dtype` is: it is small,
+    and half precision can overflow in it.
     """
 
-    family = "sd"
+    family = FAMILIES["sd"]
 
     def __init__(
         self,
@@ -86,39 +84,42 @@ class StableDiffusionBase:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint(unet, vae, scheduler, **text_encoders)
         self.vae = vae.eval().requires_grad_(False).to(device)
+        self.frozen: dict[str, nn.Module] = {"vae": self.vae}
         self.parts: dict[str, nn.Module] = {
             part: place(module, device, dtype, quantize)
             for part, module in {"unet": unet, **text_encoders}.items()
         }
         self._scheduler = _sampler_for(scheduler)
-        self.prediction_type: str = self._scheduler.config["prediction_type"]
-        self.alphas_cumprod: Tensor = self._scheduler.alphas_cumprod.float()
-        self._latent_channels: int = unet.config["in_channels"]
+        self._schedule = NoiseSchedule.diffusion(
+            self._scheduler.alphas_cumprod, self._scheduler.config["prediction_type"]
+        )
+        self._channels: int = unet.config["in_channels"]
         self._factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         sample_size = unet.config["sample_size"]
         side = sample_size if isinstance(sample_size, int) else min(sample_size)
-        self.resolution: int = side * self._factor
-        self.resolution_step: int = self._factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
+        self.size: Size = (side * self._factor, side * self._factor)
+        self.size_step: int = self._factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
 
-    def latent_shape(self, resolution: int = 0) -> tuple[int, int, int]:
-        """Returns (channels, h, w) of the latents of a square picture.
+    def sample_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """Returns (channels, h, w) of the latents of a picture.
 
         Args:
-            resolution: side of the picture in pixels; 0 means the base's own.
+            size: (width, height) in pixels; None means the base's own.
 
         Raises:
-            RecipeError: the base can't work at that resolution.
+            RecipeError: the base can't work at that size.
         """
-        side = resolution or self.resolution
-        if side < self.resolution_step or side % self.resolution_step:
+        width, height = size or self.size
+        step = self.size_step
+        if min(width, height) < step or width % step or height % step:
             raise RecipeError(
-                f"photo.resolution = {side} doesn't suit base '{self.name}'; give a multiple of "
-                f"{self.resolution_step} pixels, or 0 for its own {self.resolution}"
+                f"photo.size = {width}x{height} doesn't suit base '{self.name}'; give multiples of {step} "
+                f"pixels, or leave it empty for its own {self.size[0]}x{self.size[1]} pixels in all"
             )
-        return self._latent_channels, side // self._factor, side // self._factor
+        return self._channels, height // self._factor, width // self._factor
 
     @torch.no_grad()
-    def encode_photo(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes a photo with the VAE.
 
         Args:
@@ -132,9 +133,9 @@ class StableDiffusionBase:
         return posterior.mean * scale, posterior.std * scale
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, x0: Tensor) -> Tensor:
         """Decodes scaled latents (b, c, h, w) to pictures (b, 3, H, W) float32 in [0, 1]."""
-        unscaled = latents.to(self.device, torch.float32) / self.vae.config["scaling_factor"]
+        unscaled = x0.to(self.device, torch.float32) / self.vae.config["scaling_factor"]
         pixels: Tensor = self.vae.decode(unscaled).sample
         return (pixels / 2 + 0.5).clamp(0, 1)
 
@@ -149,38 +150,83 @@ class StableDiffusionBase:
         cut = self.tokenizer.decode(full[length - 1 : -1]).strip() if len(full) > length else ""
         return padded_ids(self.tokenizer, text).to(self.device), cut
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Returns the text encoder's last hidden states (b, L, width) of token ids (b, L)."""
-        embeddings: Tensor = self.parts["text_encoder"](ids.to(self.device))[0]
-        return embeddings
+    def condition(self, prompt: str) -> Condition:
+        """Returns the text encoder's last hidden states, (1, L, width)."""
+        return {"encoder_hidden_states": self.parts["text_encoder"](self.tokenize(prompt)[0])[0]}
 
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def vocabulary(self) -> ClipVocabulary:
+        """Returns the tokenizer's words with the text encoder's embeddings."""
+        text_encoder: Any = self.parts["text_encoder"]
+        return ClipVocabulary(self.tokenizer, text_encoder.get_input_embeddings().weight)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Runs the UNet.
 
         Args:
-            latents: (b, c, h, w), noised.
+            noisy: latents (b, c, h, w).
             timesteps: (b,) int64.
-            embeddings: (b, L, width).
+            condition: as `condition` returns it, with a batch of b.
 
         Returns:
-            The UNet's raw output (b, c, h, w) float32: noise, velocity or picture, as `prediction_type` says.
+            The UNet's raw output (b, c, h, w) float32: noise, velocity or picture, as the schedule says.
         """
         output = self.parts["unet"](
-            latents.to(self.device, self.dtype),
+            noisy.to(self.device, self.dtype),
             timesteps.to(self.device),
-            **self._conditions(embeddings.to(self.device, self.dtype), latents),
+            **self._arguments(condition, noisy),
             return_dict=False,
         )[0]
         prediction: Tensor = output.float()
         return prediction
 
-    def _conditions(self, embeddings: Tensor, latents: Tensor) -> dict[str, Any]:
+    def _arguments(self, condition: Condition, noisy: Tensor) -> dict[str, Any]:
         """Returns what the UNet is told besides the noised latents and the time."""
-        return {"encoder_hidden_states": embeddings}
+        return {name: tensor.to(self.device, self.dtype) for name, tensor in condition.items()}
 
-    def make_scheduler(self) -> Any:
-        """Returns a fresh sampler with the base's own noise schedule and settings."""
-        return type(self._scheduler).from_config(self._scheduler.config)
+    def schedule(self, size: Size | None = None) -> NoiseSchedule:
+        """Returns the noise levels that the base was trained at; they are the same for every size."""
+        return self._schedule
+
+    def sampler(self, steps: int, size: Size | None = None, skip: int = 0) -> Sampler:
+        """Returns a fresh sampler, of the kind and with the settings that the base ships."""
+        fresh = type(self._scheduler).from_config(self._scheduler.config)
+        return Sampler(fresh, self._schedule, steps, skip, self.device)
+
+
+class ClipVocabulary:
+    """What rare tokens are looked for in: a CLIP tokenizer and the embeddings of its tokens."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, embeddings: Tensor | None = None) -> None:
+        """Takes the tokenizer, and the embeddings (vocabulary, width) where there are any."""
+        self._tokenizer, self._embeddings = tokenizer, embeddings
+        self.room: int = tokenizer.model_max_length - 2
+
+    def words(self) -> dict[str, int]:
+        """Returns the words that are one token; CLIP writes "</w>" where a word ends."""
+        found = (
+            (_WHOLE_WORD.fullmatch(name), number) for name, number in self._tokenizer.get_vocab().items()
+        )
+        return {match[1]: number for match, number in found if match}
+
+    def norms(self) -> list[float] | None:
+        """Returns the length of each token's embedding, by its number."""
+        if self._embeddings is None:
+            return None
+        lengths: list[float] = self._embeddings.detach().float().norm(dim=1).tolist()
+        return lengths
+
+    def encode(self, text: str) -> list[int]:
+        """Returns a text's tokens, without those for start and end."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Returns the text of tokens."""
+        return str(self._tokenizer.decode(tokens)).strip()
+
+    def special(self) -> set[int]:
+        """Returns the tokens that stand for no text."""
+        return {self._tokenizer.unk_token_id, *self._tokenizer.all_special_ids}
 
 
 def load(
@@ -200,62 +246,9 @@ def load(
         BaseModelError: a component is missing or broken, or isn't one of Stable Diffusion's.
     """
     models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
-    loaded = load_components(name, location, models, "Stable Diffusion 1.x and 2.x")
+    loaded = load_components(name, models, CLIPTokenizer, FAMILIES["sd"].title)
     with quiet():
         return StableDiffusionBase(public_name(name), **loaded, device=device, dtype=dtype, quantize=quantize)
-
-
-def load_components(name: str, location: str, models: Mapping[str, type[Any]], kind: str) -> dict[str, Any]:
-    """Loads a pipeline's models in float32, the tokenizers of its text encoders, and its scheduler.
-
-    Args:
-        name: what the user called the base.
-        location: its folder or hub id.
-        models: by the names of their folders.
-        kind: of base, for messages.
-
-    Raises:
-        BaseModelError: a component is missing or broken, or is of another class.
-    """
-    index = read_model_index(name)
-    for component, expected in models.items():
-        found = (index.get(component) or [None, None])[1]
-        if found != expected.__name__:
-            raise BaseModelError(
-                f"base '{name}' has a {component} of class {found}; {kind} have {expected.__name__}"
-            )
-    local = {"local_files_only": Path(location).is_dir()}
-    weights: dict[str, Any] = {"use_safetensors": True, **local}
-    loaders: dict[str, tuple[type[Any], dict[str, Any]]] = {
-        component: (model, {**weights, "dtype" if _is_text(component) else "torch_dtype": torch.float32})
-        for component, model in models.items()
-    }
-    tokenizers = {text.replace("text_encoder", "tokenizer"): text for text in models if _is_text(text)}
-    loaders |= dict.fromkeys(tokenizers, (CLIPTokenizer, local))
-    loaders["scheduler"] = (_scheduler_class(name, index), local)
-    loaded = {}
-    for component, (loader, options) in loaders.items():
-        try:
-            with quiet():
-                loaded[component] = loader.from_pretrained(location, subfolder=component, **options)
-        except Exception as error:  # diffusers, transformers, safetensors and json each raise their own
-            raise BaseModelError(
-                f"base '{name}': its {component} can't be loaded ({one_line(error)}); it has to be a "
-                "complete Stable Diffusion model with safetensors weights"
-            ) from error
-    for tokenizer, text_encoder in tokenizers.items():
-        words, rows = len(loaded[tokenizer]), loaded[text_encoder].config.vocab_size
-        if not rows // 2 <= words <= rows:  # transformers makes up an empty one when the files are missing
-            raise BaseModelError(
-                f"base '{name}': its {tokenizer} can't be loaded or isn't its own (it has {words} tokens and "
-                f"the {text_encoder} {rows}); copy the model again"
-            )
-    return loaded
-
-
-def public_name(name: str) -> str:
-    """Returns a base's name without its folder's path: it tells about its owner, and files are shared."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def padded_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:
@@ -270,19 +263,8 @@ def padded_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:
     return ids
 
 
-def _is_text(component: str) -> bool:
-    return component.startswith("text_encoder")
-
-
 def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> str:
-    """Identifies a base by its shape, its noise schedule, and a few of its tensors as float32.
-
-    The schedule counts by the settings it is computed from: its numbers differ in the last bit between
-    processors, and a file made on one computer has to open on another.
-
-    Returns:
-        The first 16 hexadecimal digits of a SHA-256.
-    """
+    """Identifies a base; see `loading.fingerprint_of`."""
     shape = {
         "unet": _pick(unet.config, _UNET_SHAPE),
         **{name: _pick(part.config.to_dict(), _TEXT_SHAPE) for name, part in text_encoders.items()},
@@ -290,7 +272,6 @@ def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> st
         "prediction_type": scheduler.config["prediction_type"],
         "noise": [scheduler.config.get(key) or 0 for key in _NOISE_SCHEDULE],
     }
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     tokens = (part.get_input_embeddings().weight[-_FINGERPRINT_ROWS:] for part in text_encoders.values())
     sample = (
         unet.conv_in.weight,
@@ -299,23 +280,11 @@ def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> st
         vae.decoder.conv_out.weight,
         *tokens,
     )
-    for tensor in sample:
-        digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return fingerprint_of(shape, sample)
 
 
 def _pick(config: Any, keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: config[key] for key in keys}
-
-
-def _scheduler_class(name: str, index: dict[str, Any]) -> type[Any]:
-    import diffusers
-
-    kind = (index.get("scheduler") or [None, None])[1]
-    found = getattr(diffusers, str(kind), None)
-    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        raise BaseModelError(f"base '{name}' names a scheduler '{kind}' that diffusers doesn't have")
-    return found
 
 
 def _sampler_for(scheduler: Any) -> Any:
@@ -323,23 +292,3 @@ def _sampler_for(scheduler: Any) -> Any:
     if type(scheduler).__name__ != "PNDMScheduler":
         return scheduler
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps diffusers and transformers from writing notes and progress bars while they load."""
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for library, level, bar in zip(libraries, levels, bars, strict=True):
-            library.set_verbosity(level)
-            if bar:
-                library.enable_progress_bar()

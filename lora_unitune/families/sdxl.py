@@ -9,25 +9,18 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_unitune.families import read_model_index
-from lora_unitune.families.sd import (
-    StableDiffusionBase,
-    load_components,
-    padded_ids,
-    public_name,
-    quiet,
-)
+from lora_unitune.families import FAMILIES, Condition
+from lora_unitune.families.loading import load_components, public_name, quiet, read_model_index
+from lora_unitune.families.sd import StableDiffusionBase, padded_ids
 
 
 class StableDiffusionXLBase(StableDiffusionBase):
     """A Stable Diffusion XL base in memory; see `families.Base` for what each member means.
 
-    Token ids are those of both tokenizers, one after the other: (b, 2 L). Embeddings are (b, L + 1, width):
-    the L rows that the UNet attends to, both encoders' side by side, and below them the second one's pooled
-    embedding, filled up with zeros.
+    Token ids are those of both tokenizers, one after the other: (1, 2 L).
     """
 
-    family = "sdxl"
+    family = FAMILIES["sdxl"]
 
     def __init__(
         self,
@@ -57,7 +50,6 @@ class StableDiffusionXLBase(StableDiffusionBase):
             name, **components, text_encoder_2=text_encoder_2, device=device, dtype=dtype, quantize=quantize
         )
         self._tokenizer_2 = tokenizer_2
-        self._pooled_width: int = text_encoder_2.config.projection_dim
         self._empty = self.tokenize("")[0] if zeros_for_empty else None
 
     def tokenize(self, text: str) -> tuple[Tensor, str]:
@@ -65,29 +57,26 @@ class StableDiffusionXLBase(StableDiffusionBase):
         ids, cut = super().tokenize(text)
         return torch.cat([ids, padded_ids(self._tokenizer_2, text).to(self.device)], dim=1), cut
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Returns both encoders' last hidden states but one, and the pooled embedding: (b, L + 1, width)."""
-        ids = ids.to(self.device)
+    def condition(self, prompt: str) -> Condition:
+        """Returns both encoders' last hidden states but one, side by side, and the second's pooled embedding."""
+        ids = self.tokenize(prompt)[0]
         first, second = ids.chunk(2, dim=1)
         small = self.parts["text_encoder"](first, output_hidden_states=True)
         large = self.parts["text_encoder_2"](second, output_hidden_states=True)
-        rows = torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=2)
-        pooled = rows.new_zeros(len(rows), 1, rows.shape[2])
-        pooled[:, 0, : self._pooled_width] = large.text_embeds
-        embeddings = torch.cat([rows, pooled], dim=1)
-        if self._empty is None:
-            return embeddings
-        return embeddings.masked_fill((ids == self._empty).all(1)[:, None, None], 0)
-
-    def _conditions(self, embeddings: Tensor, latents: Tensor) -> dict[str, Any]:
-        """Returns the embeddings, and the picture's size: as large as it was, nothing cropped."""
-        height, width = (side * self._factor for side in latents.shape[-2:])
-        sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(embeddings)
-        added = {
-            "text_embeds": embeddings[:, -1, : self._pooled_width],
-            "time_ids": sizes.expand(len(embeddings), -1),
+        found = {
+            "encoder_hidden_states": torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=2),
+            "text_embeds": large.text_embeds,
         }
-        return {"encoder_hidden_states": embeddings[:, :-1], "added_cond_kwargs": added}
+        is_empty = self._empty is not None and torch.equal(ids, self._empty)
+        return {name: torch.zeros_like(tensor) for name, tensor in found.items()} if is_empty else found
+
+    def _arguments(self, condition: Condition, noisy: Tensor) -> dict[str, Any]:
+        """Returns the condition, and the picture's size: as large as it was, nothing cropped."""
+        told = super()._arguments(condition, noisy)
+        height, width = (side * self._factor for side in noisy.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(told["text_embeds"])
+        added = {"text_embeds": told.pop("text_embeds"), "time_ids": sizes.expand(len(noisy), -1)}
+        return {**told, "added_cond_kwargs": added}
 
 
 def load(
@@ -104,7 +93,7 @@ def load(
         "text_encoder_2": CLIPTextModelWithProjection,
         "vae": AutoencoderKL,
     }
-    loaded = load_components(name, location, models, "Stable Diffusion XL bases")
+    loaded = load_components(name, models, CLIPTokenizer, FAMILIES["sdxl"].title)
     zeros = bool(read_model_index(name).get("force_zeros_for_empty_prompt", True))
     with quiet():
         return StableDiffusionXLBase(

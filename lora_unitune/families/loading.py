@@ -1,0 +1,217 @@
+"""A base's name -> its checked components in memory: from a folder or a hub id, safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_unitune.errors import BaseModelError, DeviceError, one_line
+from lora_unitune.families import FAMILIES, POCKET_FOLDER, Family
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turns a device name into a device that is there.
+
+    Args:
+        name: "auto" (the best there is), "cpu", "cuda" or "mps".
+
+    Raises:
+        DeviceError: the name is unknown, or this machine has no such device.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    if name not in there:
+        raise DeviceError(f"device '{name}' is unknown; choose one of auto, cpu, cuda, mps")
+    if not there[name]:
+        raise DeviceError(f"device '{name}' isn't available to PyTorch on this machine; use auto or cpu")
+    return torch.device(name)
+
+
+def locate_base(name: str) -> str:
+    """Returns the folder or hub id that `name` ("pocket", a folder, a hub id) stands for.
+
+    Raises:
+        BaseModelError: it is none of the three.
+    """
+    if name == "pocket":
+        return str(POCKET_FOLDER)
+    if Path(name).is_dir() or _HUB_ID.fullmatch(name):
+        return name
+    raise BaseModelError(
+        f"unknown base '{name}'; give 'pocket', a folder with a diffusers model, or a hub id (owner/model)"
+    )
+
+
+def public_name(name: str) -> str:
+    """Returns a base's name without its folder's path: it tells about its owner, and files are shared."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def read_model_index(name: str) -> dict[str, Any]:
+    """Reads the model_index.json of a base, from its folder or (for a hub id) through diffusers.
+
+    Raises:
+        BaseModelError: there is none, it can't be downloaded, or it isn't a diffusers index.
+    """
+    location = locate_base(name)
+    if Path(location).is_dir():
+        path = Path(location) / "model_index.json"
+        if not path.is_file():
+            raise BaseModelError(
+                f"base '{name}' isn't a diffusers model: its folder has no model_index.json; give the folder "
+                "that holds one"
+            )
+        try:
+            index: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BaseModelError(
+                f"base '{name}': model_index.json can't be read ({one_line(error)}); copy the model again"
+            ) from error
+    else:
+        from diffusers import DiffusionPipeline
+
+        try:
+            index = DiffusionPipeline.load_config(location)
+        except Exception as error:  # network, authorisation and cache errors have no common class
+            raise BaseModelError(
+                f"base '{name}' can't be downloaded ({one_line(error)}); check the id and the network, or "
+                "give a local folder"
+            ) from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise BaseModelError(f"base '{name}': model_index.json names no pipeline class; copy the model again")
+    return index
+
+
+def detect_family(name: str) -> Family:
+    """Returns the family of a base, from its model_index.json.
+
+    Raises:
+        BaseModelError: the base isn't there, or is of a kind that isn't supported.
+    """
+    kind = read_model_index(name)["_class_name"]
+    for family in FAMILIES.values():
+        if kind in family.pipelines:
+            return family
+    known = [pipeline for family in FAMILIES.values() for pipeline in family.pipelines]
+    raise BaseModelError(
+        f"base '{name}' is a {kind}, which isn't supported; use a base of kind {', '.join(known)}"
+    )
+
+
+def load_components(
+    name: str, models: Mapping[str, type[Any]], tokenizer: type[Any], kind: str
+) -> dict[str, Any]:
+    """Loads a pipeline's models in float32, the tokenizers of its text encoders, and its scheduler.
+
+    Args:
+        name: what the user called the base.
+        models: classes of the models, by the names of their folders.
+        tokenizer: class of the tokenizers.
+        kind: of base, for messages.
+
+    Raises:
+        BaseModelError: a component is missing or broken, or is of another class.
+    """
+    index, location = read_model_index(name), locate_base(name)
+    for component, expected in models.items():
+        found = (index.get(component) or [None, None])[1]
+        if found != expected.__name__:
+            raise BaseModelError(
+                f"base '{name}' has a {component} of class {found}; {kind} has {expected.__name__}"
+            )
+    local = {"local_files_only": Path(location).is_dir()}
+    weights: dict[str, Any] = {"use_safetensors": True, **local}
+    loaders: dict[str, tuple[type[Any], dict[str, Any]]] = {
+        component: (model, {**weights, "dtype" if _is_text(component) else "torch_dtype": torch.float32})
+        for component, model in models.items()
+    }
+    tokenizers = {text.replace("text_encoder", "tokenizer"): text for text in models if _is_text(text)}
+    loaders |= dict.fromkeys(tokenizers, (tokenizer, local))
+    loaders["scheduler"] = (_scheduler_class(name, index), local)
+    loaded = {}
+    for component, (loader, options) in loaders.items():
+        try:
+            with quiet():
+                loaded[component] = loader.from_pretrained(location, subfolder=component, **options)
+        except Exception as error:  # diffusers, transformers, safetensors and json each raise their own
+            raise BaseModelError(
+                f"base '{name}': its {component} can't be loaded ({one_line(error)}); it has to be a "
+                f"complete model of kind {kind} with safetensors weights"
+            ) from error
+    for component, text_encoder in tokenizers.items():
+        words, rows = len(loaded[component]), loaded[text_encoder].config.vocab_size
+        if not rows // 2 <= words <= rows:  # transformers makes up an empty one when the files are missing
+            raise BaseModelError(
+                f"base '{name}': its {component} can't be loaded or isn't its own (it has {words} tokens and "
+                f"the {text_encoder} {rows}); copy the model again"
+            )
+    return loaded
+
+
+def fingerprint_of(shape: Mapping[str, Any], sample: Sequence[Tensor]) -> str:
+    """Identifies a base by its shape, the settings of its noise schedule, and some of its tensors as float32.
+
+    The schedule counts by the settings it is computed from: its numbers differ in the last bit between
+    processors, and a file made on one computer has to open on another.
+
+    Args:
+        shape: values that JSON can hold.
+        sample: tensors of the base.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for tensor in sample:
+        digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_text(component: str) -> bool:
+    return component.startswith("text_encoder")
+
+
+def _scheduler_class(name: str, index: Mapping[str, Any]) -> type[Any]:
+    """Returns the class of the scheduler that a base ships."""
+    import diffusers
+
+    kind = str((index.get("scheduler") or [None, None])[1])
+    found = getattr(diffusers, kind, None)
+    if not (isinstance(found, type) and kind.endswith("Scheduler") and hasattr(found, "from_pretrained")):
+        raise BaseModelError(f"base '{name}' names a scheduler '{kind}' that diffusers doesn't have")
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps diffusers and transformers from writing notes and progress bars while they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level, bar in zip(libraries, levels, bars, strict=True):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()

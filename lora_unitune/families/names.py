@@ -1,0 +1,184 @@
+"""Names of layers in other tools: what a family's row says of them, and the tables of Stable Diffusion.
+
+No torch here: files are described without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """How files of other tools call a family's layers.
+
+    Attributes:
+        prefixes: Beginning of a layer's path, "<part>." or longer -> that of its name in kohya's layout; the
+            first that fits holds.
+        words: Every word that a module's path is made of, besides numbers: kohya's names have underscores for
+            dots, so only the words tell where a dot was.
+        blocks: Paths of the denoiser's blocks -> their paths in kohya's layout, where they differ.
+        block_parts: Module -> its name there, inside blocks of the kind "resnets".
+        old_prefixes: Beginnings of keys as earlier releases wrote them -> today's.
+        width_key: End of the keys whose last dimension tells the kind of base by its width.
+        kinds: That width -> the base's name in kohya's header, and in ModelSpec.
+    """
+
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    block_parts: Mapping[str, str] = field(default_factory=dict)
+    old_prefixes: Mapping[str, str] = field(default_factory=dict)
+    width_key: str = ""
+    kinds: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+
+    def current(self, key: str) -> str:
+        """Returns a tensor's key in today's spelling."""
+        for old, new in self.old_prefixes.items():
+            if key.startswith(old):
+                return new + key.removeprefix(old)
+        return key
+
+    def kind_of(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str] | None:
+        """Returns the base's names in kohya's header and in ModelSpec; None if its kind can't be seen.
+
+        Args:
+            shapes: of the tensors, by "<part>.<module>.lora_A.weight" and the like.
+        """
+        widths = {
+            shape[-1] for key, shape in shapes.items() if self.width_key and key.endswith(self.width_key)
+        }
+        return self.kinds.get(next(iter(widths))) if len(widths) == 1 else None
+
+    def to_kohya(self, layer: str, denoiser: str) -> str:
+        """Returns a layer's name in kohya's layout.
+
+        Args:
+            layer: "<part>.<module>", the module's path with dots.
+            denoiser: Name of the part whose blocks have other names there.
+
+        Raises:
+            KeyError: Layers of this part have no name there.
+        """
+        layer = self.current(layer)
+        start = next((start for start in self.prefixes if layer.startswith(start)), None)
+        if start is None:
+            raise KeyError(layer)
+        path = layer.removeprefix(start)
+        if start == f"{denoiser}.":
+            block = next((b for b in self.blocks if f"{path}.".startswith(f"{b}.")), None)
+            if block:
+                inside = path.removeprefix(block).removeprefix(".")
+                path = ".".join(filter(None, (self.blocks[block], self.block_parts.get(inside, inside))))
+        return self.prefixes[start] + path.replace(".", "_")
+
+    def from_kohya(self, name: str, denoiser: str) -> str | None:
+        """Returns "<part>.<module>" of a layer's name in kohya's layout; None if the family has no such layer."""
+        for start, prefix in self.prefixes.items():
+            if name.startswith(prefix):
+                path = self._path(name.removeprefix(prefix), start == f"{denoiser}.")
+                if path:
+                    return start + path
+        return None
+
+    def _path(self, rest: str, in_denoiser: bool) -> str:
+        """Returns the dotted path of a name without its prefix, "" where a word isn't known."""
+        block = next((b for b in self._blocks_back if in_denoiser and f"{rest}_".startswith(f"{b}_")), "")
+        steps = [self._blocks_back[block]] if block else []
+        rest = rest.removeprefix(block).removeprefix("_")
+        while rest:
+            match = self._step.match(rest)
+            if not match:
+                return ""
+            steps.append(match[1])
+            rest = rest[match.end() :]
+        return ".".join(steps)
+
+    @cached_property
+    def _step(self) -> re.Pattern[str]:
+        """Matches the next word or number of a name."""
+        words = [*sorted(self.words, key=len, reverse=True), r"\d+"]
+        return re.compile("(" + "|".join(words) + r")(?:_|$)")
+
+    @cached_property
+    def _blocks_back(self) -> dict[str, str]:
+        """kohya's names of blocks, and of modules inside those that differ too, -> paths."""
+        inside = {
+            f"{theirs}.{name}".replace(".", "_"): f"{ours}.{module}"
+            for ours, theirs in self.blocks.items()
+            for module, name in self.block_parts.items()
+            if ".resnets." in ours
+        }
+        others = {
+            theirs.replace(".", "_"): ours for ours, theirs in self.blocks.items() if ".resnets." not in ours
+        }
+        return {**inside, **others}
+
+
+UNET_WORDS = (
+    "down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers transformer_blocks attn1 "
+    "attn2 to_q to_k to_v to_out ff net proj proj_in proj_out conv conv1 conv2 conv_shortcut conv_in "
+    "conv_out time_emb_proj time_embedding add_embedding linear_1 linear_2"
+)
+CLIP_WORDS = "encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection"
+SD_WORDS = tuple(f"{UNET_WORDS} {CLIP_WORDS}".split())
+WIDTH_KEY = "attn2.to_k.lora_A.weight"
+
+
+def _sdxl_blocks() -> dict[str, str]:
+    """Returns the blocks of SDXL's UNet as diffusers names them -> as Stability's own code and kohya do."""
+    found = {
+        "conv_in": "input_blocks.0.0",
+        "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
+    for ours, theirs in {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}.items():
+        found |= {f"{ours}.linear_1": f"{theirs}.0", f"{ours}.linear_2": f"{theirs}.2"}
+    for level in range(3):
+        for layer in range(2):
+            place = f"input_blocks.{3 * level + layer + 1}"
+            found[f"down_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+            if level > 0:
+                found[f"down_blocks.{level}.attentions.{layer}"] = f"{place}.1"
+        for layer in range(3):
+            place = f"output_blocks.{3 * level + layer}"
+            found[f"up_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+            if level < 2:
+                found[f"up_blocks.{level}.attentions.{layer}"] = f"{place}.1"
+        if level < 2:
+            found[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 * level + 3}.0.op"
+            found[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.2.conv"
+    return found
+
+
+SD_NAMES = LayerNames(
+    prefixes={"unet.": "lora_unet_", "text_encoder.": "lora_te_text_model_"},
+    words=SD_WORDS,
+    old_prefixes={"text_encoder.text_model.": "text_encoder."},
+    width_key=WIDTH_KEY,
+    kinds={768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", "stable-diffusion-v2-512")},
+)
+SDXL_NAMES = LayerNames(
+    prefixes={
+        "unet.": "lora_unet_",
+        "text_encoder.": "lora_te1_text_model_",
+        "text_encoder_2.text_model.": "lora_te2_text_model_",
+        "text_encoder_2.": "lora_te2_",
+    },
+    words=SD_WORDS,
+    blocks=_sdxl_blocks(),
+    block_parts={
+        "conv1": "in_layers.2",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    },
+    old_prefixes={"text_encoder.text_model.": "text_encoder."},
+    width_key=WIDTH_KEY,
+    kinds={2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")},
+)

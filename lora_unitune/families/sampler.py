@@ -1,0 +1,82 @@
+"""diffusers' schedulers behind one face: the steps of a sampling run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_unitune.families.schedule import NoiseSchedule
+
+
+class Sampler:
+    """The steps of one sampling run, from noise or from a noised picture.
+
+    Attributes:
+        timesteps: (steps,), what the denoiser is told at each step.
+        shares: Of the denoising that lies behind when each step begins.
+        levels: The base's noise schedule at the distinct timesteps of the run, the noisiest first.
+    """
+
+    def __init__(
+        self, scheduler: Any, schedule: NoiseSchedule, steps: int, skip: int, device: torch.device
+    ) -> None:
+        """Sets a scheduler up.
+
+        Args:
+            scheduler: of diffusers, fresh.
+            schedule: the base's noise levels.
+            steps: of a full run.
+            skip: how many of the first ones are left out.
+            device: of the pictures.
+        """
+        self._scheduler = scheduler
+        scheduler.set_timesteps(steps, device=device)
+        self._first = skip * scheduler.order
+        self.timesteps: Tensor = scheduler.timesteps[self._first :]
+        self.shares = [schedule.share(float(timestep)) for timestep in self.timesteps]
+        distinct = self.timesteps.unique_consecutive()
+        if schedule.prediction == "flow":
+            self.levels = NoiseSchedule.flow(distinct / schedule.span[0], schedule.span[0])
+        else:
+            self.levels = schedule.at(distinct.long())
+
+    def start(self, noise: Tensor, clean: Tensor | None = None) -> Tensor:
+        """Returns what sampling starts from, (b, c, h, w).
+
+        Args:
+            noise: standard normal, (b, c, h, w).
+            clean: x0 of a picture, same shape; None starts from noise alone.
+        """
+        scheduler = self._scheduler
+        if clean is None:
+            started: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+            return started
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(self._first)
+        if hasattr(scheduler, "scale_noise"):  # of a flow
+            return scheduler.scale_noise(clean, self.timesteps[:1], noise)  # type: ignore[no-any-return]
+        return scheduler.add_noise(clean, noise, self.timesteps[:1])  # type: ignore[no-any-return]
+
+    def model_input(self, noisy: Tensor, step: int) -> Tensor:
+        """Returns what the denoiser is given at a step (some schedulers scale it)."""
+        scale = getattr(self._scheduler, "scale_model_input", None)
+        return noisy if scale is None else scale(noisy, self.timesteps[step])
+
+    def step(self, output: Tensor, step: int, noisy: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Returns the picture one step less noisy.
+
+        Args:
+            output: of the denoiser, (b, c, h, w).
+            step: number of the step, from 0.
+            noisy: the picture now.
+            generators: of each picture, for samplers that draw noise on the way.
+        """
+        scheduler = self._scheduler
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": list(generators)} if draws else {}
+        taken = scheduler.step(output, self.timesteps[step], noisy, **options, return_dict=False)
+        return taken[0]  # type: ignore[no-any-return]
