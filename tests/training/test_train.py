@@ -41,6 +41,29 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
     return max((first[key] - second[key]).abs().max().item() for key in first)
 
 
+def untrained(base: Base, overrides: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Returns the tensors that `trained` starts from."""
+    recipe = Recipe().override(list(overrides))
+    with _adapted(base, recipe, seeded()):
+        return _full_tensors(base) if recipe.fit.method == "full" else layers.collect(base)
+
+
+def apart(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> float:
+    """How far two fits end from each other, as a share of the first one's way from its start.
+
+    A fit that doesn't train ends 1 apart from one that does, whatever the learning rate.
+    """
+    assert first.keys() == second.keys() == start.keys()
+    between, way = (
+        torch.cat([(first[key] - other[key]).flatten() for key in first]).norm().item()
+        for other in (second, start)
+    )
+    assert way > 0, "the first fit has to move for this to mean anything"
+    return between / way
+
+
 @pytest.fixture(params=["15", "21", "xl"])
 def base(request: pytest.FixtureRequest) -> Base:
     return request.getfixturevalue(f"base{request.param}")
@@ -99,6 +122,7 @@ def test_a_base_can_be_named_by_its_folder(tiny_sd15: Path, base15: Base, photo_
     named = fit(photo_image, base=str(tiny_sd15), recipe=Recipe(), overrides=QUICK, device="cpu")
     held = fit(photo_image, base=base15, recipe=Recipe(), overrides=QUICK)
     assert distance(named.tensors, held.tensors) == 0
+    assert any(tensor.any() for key, tensor in held.tensors.items() if key.endswith("lora_B.weight"))
 
 
 def test_the_same_seed_gives_the_same_tensors_twice(base: Base, photo_image: Image.Image) -> None:
@@ -107,7 +131,8 @@ def test_the_same_seed_gives_the_same_tensors_twice(base: Base, photo_image: Ima
         torch.manual_seed(len(fits))  # the global state has no say
         fits.append(fit(photo_image, base=base, recipe=Recipe(), overrides=QUICK, seed=seed).tensors)
     assert distance(fits[0], fits[1]) == 0
-    assert distance(fits[0], fits[2]) > 0
+    learned = [{key: t for key, t in tensors.items() if key.endswith("lora_B.weight")} for tensors in fits]
+    assert distance(learned[0], learned[2]) > 0  # B starts from 0 in each
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -125,6 +150,8 @@ def test_the_base_is_restored_to_the_bit_even_when_stopped(
         assert not any(p.requires_grad or p.grad is not None for p in parameters)
 
     def stop(step: int, steps: int, loss: float) -> None:
+        during = weights_of(base15)
+        assert during.keys() != before.keys() or distance(before, during) > 0
         raise KeyboardInterrupt
 
     overrides = [*QUICK, f"fit.method={method}"]
@@ -144,7 +171,7 @@ def test_full_fine_tuning_trains_every_weight_of_the_adapted_parts(
     parts = {"unet": base15.parts["unet"]} | (base15.parts if text_encoder_rank else {})
     original = {f"{part}.{name}": p for part, m in parts.items() for name, p in m.named_parameters()}
     assert adapter.tensors.keys() == original.keys()
-    changed = sum(not torch.equal(adapter.tensors[key], original[key]) for key in original)
+    changed = sum(not torch.equal(adapter.tensors[key], original[key].half().float()) for key in original)
     assert changed > 0.9 * len(original)
 
 
@@ -158,13 +185,17 @@ def test_accumulation_equals_a_big_batch(base15: Base, prepared: Prepared, metho
             ("fit.batch_size=6", "fit.gradient_accumulation=1"),
         )
     )
-    assert distance(small, big) < 1e-6
+    assert apart(big, small, untrained(base15, common)) < 1e-4
 
 
 def test_checkpointing_changes_nothing_and_is_switched_off(base15: Base, prepared: Prepared) -> None:
+    unet, was_on = base15.parts["unet"], list[bool]()
+    hook = unet.register_forward_pre_hook(lambda *args: was_on.append(unet.is_gradient_checkpointing))
     plain = trained(base15, prepared, QUICK)
     saving = trained(base15, prepared, [*QUICK, "fit.gradient_checkpointing=true"])
-    assert distance(plain, saving) < 1e-6
+    hook.remove()
+    assert was_on == [False] * 3 + [True] * 3
+    assert apart(plain, saving, untrained(base15, QUICK)) < 1e-4
     assert not base15.parts["unet"].is_gradient_checkpointing
 
 
@@ -183,7 +214,8 @@ def test_a_fit_that_runs_out_of_memory_goes_on_with_less_to_the_same_end(
         return predict(latents, *others)
 
     monkeypatch.setattr(base15, "predict", on_a_small_card)
-    assert distance(trained(base15, prepared, overrides, notes.append), whole) < 1e-6
+    saving = trained(base15, prepared, overrides, notes.append)
+    assert apart(whole, saving, untrained(base15, overrides)) < 1e-4
     assert sizes == [4, 4, 2, 2]
     assert len(notes) == 2 and "step 3" in notes[0] and "recomputed" in notes[0]
     assert "2 noised copies at a time, 2 times" in notes[1]
@@ -198,9 +230,9 @@ def test_warm_up_starts_slowly(base15: Base, prepared: Prepared) -> None:
     once = ("fit.steps=1", "fit.optimizer=sgd", "fit.max_gradient_norm=0", "fit.unet_learning_rate=0.1")
     full = trained(base15, prepared, once)
     quarter = trained(base15, prepared, [*once, "fit.warmup_steps=3"])
-    for key in full:
-        if key.startswith("unet.") and key.endswith("lora_B.weight"):  # B starts from 0
-            assert torch.allclose(quarter[key], full[key] / 4, atol=1e-7)
+    moved = {key: tensor for key, tensor in full.items() if tensor.any() and key.endswith("lora_B.weight")}
+    expected, start = ({key: share * tensor for key, tensor in moved.items()} for share in (1 / 4, 0))
+    assert apart(expected, {key: quarter[key] for key in moved}, start) < 1e-4  # B starts from 0
 
 
 def test_decay_ends_slowly(base15: Base, prepared: Prepared) -> None:
@@ -208,9 +240,8 @@ def test_decay_ends_slowly(base15: Base, prepared: Prepared) -> None:
     once = trained(base15, prepared, [*settings, "fit.steps=1"])
     steady = trained(base15, prepared, [*settings, "fit.steps=2"])
     decayed = trained(base15, prepared, [*settings, "fit.steps=2", "fit.decay_share=1"])
-    for key in once:
-        if key.startswith("unet."):  # of the second step's way, half
-            assert torch.allclose(decayed[key], (once[key] + steady[key]) / 2, atol=1e-7)
+    halfway = {key: (once[key] + steady[key]) / 2 for key in once}
+    assert apart(halfway, decayed, once) < 1e-3  # of the second step's way, half
 
 
 def test_gradients_are_clipped(base15: Base, prepared: Prepared) -> None:
@@ -226,14 +257,21 @@ def test_gradients_are_clipped(base15: Base, prepared: Prepared) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("overrides", [("fit.precision=bf16",), ("fit.optimizer=adamw8bit",)])
+@pytest.mark.parametrize(
+    ("method", "override", "share"),
+    [
+        ("lora", "fit.precision=bf16", 0.3),
+        ("full", "fit.precision=bf16", 0.3),
+        ("full", "fit.optimizer=adamw8bit", 0.05),  # small tensors, all of "lora" here, stay in 32 bits
+    ],
+)
 def test_other_precisions_and_optimizers_end_nearby_in_one_process(
-    base15: Base, prepared: Prepared, overrides: tuple[str, ...]
+    base15: Base, prepared: Prepared, method: str, override: str, share: float
 ) -> None:
-    plain = trained(base15, prepared, QUICK)
-    other = trained(base15, prepared, [*QUICK, *overrides])
-    assert 0 <= distance(plain, other) < 0.01
-    assert distance(plain, trained(base15, prepared, QUICK)) == 0
+    settings = [*QUICK, f"fit.method={method}"]
+    start, plain = untrained(base15, settings), trained(base15, prepared, settings)
+    assert 0 < apart(plain, trained(base15, prepared, [*settings, override]), start) < share
+    assert distance(plain, trained(base15, prepared, settings)) == 0
 
 
 def test_a_text_encoder_without_adapter_is_not_run_again(base15: Base, prepared: Prepared) -> None:
