@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import weights_of
+from conftest import at, weights_of
 from PIL import Image
 
 from lora_unitune.adapter import layers
-from lora_unitune.errors import PhotoError, RecipeError, SettingError
+from lora_unitune.errors import FitError, PhotoError, RecipeError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.photo.reading import load_photo
 from lora_unitune.recipe import Recipe
-from lora_unitune.training.fit import OnNote, _adapted, _full_tensors, fit, train
+from lora_unitune.training.fit import _full_tensors, _trainable, fit
+from lora_unitune.training.loop import OnNote, denoising_error, train
 from lora_unitune.training.prepare import Prepared, prepare
 
-QUICK = ("fit.steps=3", "fit.batch_size=2", "fit.unet_learning_rate=1e-3")
+QUICK = ("fit.steps=3", "fit.batch_size=2", "lora.unet.learning_rate=1e-3")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -29,8 +30,8 @@ def trained(
     base: Base, prepared: Prepared, overrides: Sequence[str], on_note: OnNote | None = None
 ) -> dict[str, torch.Tensor]:
     """Trains as `fit` does, and returns the tensors before they are rounded to a file's precision."""
-    recipe = Recipe().override(list(overrides))
-    with _adapted(base, recipe, seeded()):
+    recipe = base.family.complete(base.family.complete(Recipe()).override(list(overrides)))
+    with _trainable(base, recipe, seeded()):
         train(prepared, base, recipe, seeded(1), on_note=on_note)
         return _full_tensors(base) if recipe.fit.method == "full" else layers.collect(base)
 
@@ -43,8 +44,8 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 
 def untrained(base: Base, overrides: Sequence[str]) -> dict[str, torch.Tensor]:
     """Returns the tensors that `trained` starts from."""
-    recipe = Recipe().override(list(overrides))
-    with _adapted(base, recipe, seeded()):
+    recipe = base.family.complete(base.family.complete(Recipe()).override(list(overrides)))
+    with _trainable(base, recipe, seeded()):
         return _full_tensors(base) if recipe.fit.method == "full" else layers.collect(base)
 
 
@@ -71,19 +72,18 @@ def base(request: pytest.FixtureRequest) -> Base:
 
 @pytest.fixture
 def prepared(base15: Base, photo_image: Image.Image) -> Prepared:
-    return prepare(load_photo(photo_image, 32), Recipe(), base15)
+    return prepare(at(photo_image, 32), Recipe(), base15)
 
 
 @torch.no_grad()
 def error_on_photo(base: Base, photo: Image.Image) -> float:
     """The loss on the photo with its rare tokens, on noise and timesteps that are always the same."""
-    from lora_unitune.training.fit import _error
-
-    prepared = prepare(load_photo(photo, 32), Recipe(), base)
-    latents = prepared.latent_mean.expand(32, -1, -1, -1)
+    prepared = prepare(at(photo, 32), Recipe(), base)
+    latents, schedule = prepared.mean.expand(32, -1, -1, -1), base.schedule()
     noise = torch.randn(latents.shape, generator=seeded(8))
-    timesteps = torch.arange(32) * 31 + 15
-    return _error(base, latents, noise, timesteps, base.embed(prepared.prompt_ids)).item()
+    index = torch.arange(32) * 31 + 15
+    condition = base.condition(prepared.rare_tokens)
+    return denoising_error(base, schedule, latents, noise, index, condition).item()
 
 
 def test_a_fit_lowers_the_loss_for_epsilon_and_v_prediction(base: Base, photo_image: Image.Image) -> None:
@@ -91,8 +91,8 @@ def test_a_fit_lowers_the_loss_for_epsilon_and_v_prediction(base: Base, photo_im
     seen: list[tuple[int, int, float]] = []
     overrides = (
         "fit.steps=25",
-        "fit.unet_learning_rate=1e-2",
-        "lora.unet_targets=to_q,to_k,to_v,to_out.0,conv1,conv2,conv_out",
+        "lora.unet.learning_rate=1e-2",
+        "lora.unet.targets=to_q,to_k,to_v,to_out.0,conv1,conv2,conv_out",
     )
     adapter = fit(
         photo_image, base=base, recipe=Recipe(), overrides=overrides, on_step=lambda *args: seen.append(args)
@@ -106,11 +106,12 @@ def test_a_fit_lowers_the_loss_for_epsilon_and_v_prediction(base: Base, photo_im
 def test_the_adapter_says_what_made_it(base15: Base, photo_image: Image.Image) -> None:
     adapter = fit(photo_image, base=base15, recipe=Recipe(), overrides=QUICK, seed=4)
     assert (adapter.base, adapter.fingerprint) == (base15.name, base15.fingerprint)
-    assert (adapter.seed, adapter.resolution, adapter.recipe.fit.steps) == (4, 32, 3)
+    assert (adapter.seed, adapter.size, adapter.recipe.fit.steps) == (4, (36, 28), 3)
+    assert len(adapter.history) == 3 and adapter.photo_digest == load_photo(photo_image).digest
     assert len(adapter.rare_tokens.split()) == 2 and adapter.seconds > 0
-    prepared = prepare(load_photo(photo_image, 32), Recipe(), base15)
+    prepared = prepare(at(photo_image, 36, 28), Recipe(), base15)
     assert adapter.photo_latents is not None and torch.equal(
-        adapter.photo_latents, prepared.latent_mean.half().float()
+        adapter.photo_latents, prepared.mean.half().float()
     )
     assert (
         fit(photo_image, base=base15, recipe=Recipe(), overrides=QUICK, embed_photo=False).photo_latents
@@ -166,7 +167,7 @@ def test_the_base_is_restored_to_the_bit_even_when_stopped(
 def test_full_fine_tuning_trains_every_weight_of_the_adapted_parts(
     base15: Base, photo_image: Image.Image, text_encoder_rank: int
 ) -> None:
-    overrides = [*QUICK, "fit.method=full", f"lora.text_encoder_rank={text_encoder_rank}"]
+    overrides = [*QUICK, "fit.method=full", f"lora.text_encoder.rank={text_encoder_rank}"]
     adapter = fit(photo_image, base=base15, recipe=Recipe(), overrides=overrides)
     parts = {"unet": base15.parts["unet"]} | (base15.parts if text_encoder_rank else {})
     original = {f"{part}.{name}": p for part, m in parts.items() for name, p in m.named_parameters()}
@@ -177,7 +178,7 @@ def test_full_fine_tuning_trains_every_weight_of_the_adapted_parts(
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_accumulation_equals_a_big_batch(base15: Base, prepared: Prepared, method: str) -> None:
-    common = ("fit.steps=3", "fit.optimizer=sgd", "fit.unet_learning_rate=0.1", f"fit.method={method}")
+    common = ("fit.steps=3", "fit.optimizer=sgd", "lora.unet.learning_rate=0.1", f"fit.method={method}")
     small, big = (
         trained(base15, prepared, [*common, *sizes])
         for sizes in (
@@ -203,7 +204,7 @@ def test_a_fit_that_runs_out_of_memory_goes_on_with_less_to_the_same_end(
     base15: Base, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other programs take the memory away after two steps; a copy needs a third of it if recomputed."""
-    overrides = ("fit.steps=3", "fit.optimizer=sgd", "fit.unet_learning_rate=0.1", "fit.batch_size=4")
+    overrides = ("fit.steps=3", "fit.optimizer=sgd", "lora.unet.learning_rate=0.1", "fit.batch_size=4")
     whole, predict, unet = trained(base15, prepared, overrides), base15.predict, base15.parts["unet"]
     notes, sizes, room = list[str](), list[int](), [12, 12, 2]
 
@@ -221,13 +222,13 @@ def test_a_fit_that_runs_out_of_memory_goes_on_with_less_to_the_same_end(
     assert "2 noised copies at a time, 2 times" in notes[1]
     assert not unet.is_gradient_checkpointing
     room[2] = 0
-    with pytest.raises(SettingError, match="memory ran out at step 1 with one noised copy"):
+    with pytest.raises(FitError, match="memory ran out at step 1 with one noised copy"):
         trained(base15, prepared, overrides)
     assert not unet.is_gradient_checkpointing
 
 
 def test_warm_up_starts_slowly(base15: Base, prepared: Prepared) -> None:
-    once = ("fit.steps=1", "fit.optimizer=sgd", "fit.max_gradient_norm=0", "fit.unet_learning_rate=0.1")
+    once = ("fit.steps=1", "fit.optimizer=sgd", "fit.max_gradient_norm=0", "lora.unet.learning_rate=0.1")
     full = trained(base15, prepared, once)
     quarter = trained(base15, prepared, [*once, "fit.warmup_steps=3"])
     moved = {key: tensor for key, tensor in full.items() if tensor.any() and key.endswith("lora_B.weight")}
@@ -236,7 +237,7 @@ def test_warm_up_starts_slowly(base15: Base, prepared: Prepared) -> None:
 
 
 def test_decay_ends_slowly(base15: Base, prepared: Prepared) -> None:
-    settings = ("fit.optimizer=sgd", "fit.max_gradient_norm=0", "fit.unet_learning_rate=0.1")
+    settings = ("fit.optimizer=sgd", "fit.max_gradient_norm=0", "lora.unet.learning_rate=0.1")
     once = trained(base15, prepared, [*settings, "fit.steps=1"])
     steady = trained(base15, prepared, [*settings, "fit.steps=2"])
     decayed = trained(base15, prepared, [*settings, "fit.steps=2", "fit.decay_share=1"])
@@ -248,8 +249,8 @@ def test_gradients_are_clipped(base15: Base, prepared: Prepared) -> None:
     once = (
         "fit.steps=1",
         "fit.optimizer=sgd",
-        "fit.unet_learning_rate=1",
-        "fit.text_encoder_learning_rate=1",
+        "lora.unet.learning_rate=1",
+        "lora.text_encoder.learning_rate=1",
     )
     tensors = trained(base15, prepared, [*once, "fit.max_gradient_norm=0.001"])
     moved = torch.cat([t.flatten() for key, t in tensors.items() if key.endswith("lora_B.weight")])
@@ -279,7 +280,7 @@ def test_a_text_encoder_without_adapter_is_not_run_again(base15: Base, prepared:
     text_encoder = base15.parts["text_encoder"]
     handle = text_encoder.register_forward_hook(lambda *args: calls.append(args[1][0].shape[0]))
     try:
-        trained(base15, prepared, [*QUICK, "lora.text_encoder_rank=0"])
+        trained(base15, prepared, [*QUICK, "lora.text_encoder.rank=0"])
         assert calls == [1]
         calls.clear()
         trained(base15, prepared, QUICK)
@@ -292,10 +293,10 @@ def test_a_loss_that_explodes_says_which_setting_to_lower(base15: Base, photo_im
     overrides = [
         "fit.optimizer=sgd",
         "fit.method=full",
-        "fit.unet_learning_rate=1",
+        "lora.unet.learning_rate=1",
         "fit.max_gradient_norm=0",
     ]
-    with pytest.raises(SettingError, match="lower fit.unet_learning_rate"):
+    with pytest.raises(FitError, match="lower lora.unet.learning_rate"):
         fit(photo_image, base=base15, recipe=Recipe(), overrides=overrides)
 
 
@@ -311,8 +312,9 @@ def test_impossible_settings_are_refused(base15: Base, photo_image: Image.Image,
 
     refused(SettingError, "'fp16' needs a CUDA GPU", "fit.precision=fp16")
     refused(SettingError, "'adam9' is unknown", "fit.optimizer=adam9")
-    refused(RecipeError, "'to_kk' names no layer", "lora.unet_targets=to_kk")
-    refused(RecipeError, "photo.resolution = 33", "photo.resolution=33")
+    refused(RecipeError, "'to_kk' names no layer", "lora.unet.targets=to_kk")
+    refused(RecipeError, "photo.size = 33x32", "photo.size=33x32")
+    refused(RecipeError, "no part 'unett' .did you mean 'unet'", "lora.unett.rank=3")
     refused(RecipeError, "stepz", "fit.stepz=3")
     refused(SettingError, "seed = -1", seed=-1)
     refused(PhotoError, "doesn't exist", photo=tmp_path / "none.jpg")
