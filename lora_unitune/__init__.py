@@ -16,11 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_unitune.adapter.adapter import Adapter as Adapter
-    from lora_unitune.editing.editor import Edit as Edit
+    from lora_unitune.adapter.compress import compress as compress
+    from lora_unitune.adapter.convert import convert as convert
+    from lora_unitune.adapter.describe import describe as describe
     from lora_unitune.editing.editor import Editor as Editor
+    from lora_unitune.editing.record import Edit as Edit
+    from lora_unitune.editing.record import read_settings as read_settings
     from lora_unitune.errors import AdapterFileError as AdapterFileError
     from lora_unitune.errors import BaseModelError as BaseModelError
     from lora_unitune.errors import DeviceError as DeviceError
+    from lora_unitune.errors import FitError as FitError
     from lora_unitune.errors import HubError as HubError
     from lora_unitune.errors import OutputError as OutputError
     from lora_unitune.errors import PhotoError as PhotoError
@@ -28,37 +33,39 @@ if TYPE_CHECKING:
     from lora_unitune.errors import RecipeError as RecipeError
     from lora_unitune.errors import SettingError as SettingError
     from lora_unitune.errors import UnituneError as UnituneError
+    from lora_unitune.families import load_base as load_base
     from lora_unitune.recipe import Recipe as Recipe
     from lora_unitune.training.fit import fit as fit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_ROOM_OF = {
+_ERRORS = (
+    "AdapterFileError BaseModelError DeviceError FitError HubError OutputError PhotoError PromptError "
+    "RecipeError SettingError UnituneError"
+).split()
+_MODULE_OF = {
+    **dict.fromkeys(_ERRORS, "errors"),
     "Adapter": "adapter.adapter",
-    "AdapterFileError": "errors",
-    "BaseModelError": "errors",
-    "DeviceError": "errors",
-    "Edit": "editing.editor",
+    "Edit": "editing.record",
     "Editor": "editing.editor",
-    "HubError": "errors",
-    "OutputError": "errors",
-    "PhotoError": "errors",
-    "PromptError": "errors",
     "Recipe": "recipe",
-    "RecipeError": "errors",
-    "SettingError": "errors",
-    "UnituneError": "errors",
+    "compress": "adapter.compress",
+    "convert": "adapter.convert",
+    "describe": "adapter.describe",
     "fit": "training.fit",
+    "load_base": "families",
+    "read_settings": "editing.record",
 }
+"""Where each public name lives."""
 
-__all__ = [*_ROOM_OF, "__version__"]
+__all__ = [*_MODULE_OF, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from its room."""
-    if name not in _ROOM_OF:
+    """Loads a public name from where it lives."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'lora_unitune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lora_unitune.{_ROOM_OF[name]}"), name)
+    value = getattr(importlib.import_module(f"lora_unitune.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -27,12 +27,15 @@ from diffusers import (
 )
 from PIL import Image
 from random_adapters import make_adapter
+from tiny_flow import save_flow
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.layers import detach
 from lora_unitune.editing.editor import Editor
 from lora_unitune.families import Base, load_base
+from lora_unitune.photo.framing import frame
+from lora_unitune.photo.reading import Photo, load_photo
 
 COMMON_WORDS = (
     "a an the of in on at with photo picture painting sketch fox cat dog horse house tree boat car red "
@@ -213,6 +216,24 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base of another kind: a flow-matching transformer on pixels."""
+    return save_flow(tmp_path_factory.mktemp("bases") / "tiny-flow")
+
+
+@pytest.fixture(scope="session")
+def shared_baseflow(tiny_flow: Path) -> Base:
+    """The flow transformer, loaded once; use `baseflow`, which checks that a test leaves it unchanged."""
+    return load_base(str(tiny_flow), device="cpu")
+
+
+@pytest.fixture
+def baseflow(shared_baseflow: Base) -> Iterator[Base]:
+    """The flow transformer; the test fails when it changes the base's weights."""
+    yield from _lend(shared_baseflow)
+
+
+@pytest.fixture(scope="session")
 def shared_basexl(tiny_sdxl: Path) -> Base:
     """The SDXL layout, loaded once; use `basexl`, which checks that a test leaves it unchanged."""
     return load_base(str(tiny_sdxl), device="cpu")
@@ -246,7 +267,7 @@ def weights_of(base: Base) -> dict[str, torch.Tensor]:
 
 
 def unchanged(base: Base, before: dict[str, torch.Tensor]) -> bool:
-    """Tells whether the base's tensors are those of `weights_of` before, to the bit."""
+    """Says whether the base's tensors are those of `weights_of` before, bit for bit."""
     after = weights_of(base)
     return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -292,6 +313,11 @@ def photo_image() -> Image.Image:
     image.putdata([(5 * x % 256, 6 * y % 256, 90) for y in range(40) for x in range(48)])
     image.paste((250, 220, 40), (14, 10, 28, 24))
     return image
+
+
+def at(photo: Image.Image, width: int, height: int = 0) -> Photo:
+    """Reads a photo and frames it to a size; a square one for a width alone."""
+    return frame(load_photo(photo), (width, height or width))
 
 
 @pytest.fixture

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.layers import attach, collect, detach
 from lora_unitune.families import Base
-from lora_unitune.recipe import EditSettings, FitSettings, LoraSettings, Recipe
+from lora_unitune.recipe import Recipe
+from lora_unitune.settings import EditSettings, FitSettings, LoraSettings
 
-LORA = LoraSettings(
-    unet_rank=4,
-    unet_alpha=10.0,
-    text_encoder_rank=2,
-    text_encoder_alpha=3.0,
-    text_encoder_2_rank=3,
-    text_encoder_2_alpha=7.5,
-)
+_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
+LORA = {
+    "unet": LoraSettings(4, 10.0, ("to_q", "to_k", "to_v", "to_out.0")),
+    "text_encoder": LoraSettings(2, 3.0, _CLIP),
+    "text_encoder_2": LoraSettings(3, 7.5, _CLIP),
+}
+"""Settings of the parts of every base that is built here; a base takes those of its own parts."""
+
 EDIT = EditSettings(steps=4, guidance=4.0)
 
 
-@functools.cache
-def adapter_shapes(base: Base, lora: LoraSettings) -> dict[str, torch.Size]:
+Lora = Mapping[str, LoraSettings]
+
+
+def own(base: Base, lora: Lora = LORA) -> dict[str, LoraSettings]:
+    """Returns the settings of a base's own parts, completed by its family."""
+    chosen = {part: settings for part, settings in lora.items() if part in base.parts}
+    return dict(base.family.complete(Recipe(lora=chosen)).lora)
+
+
+def changed(lora: Lora, **parts: dict[str, Any]) -> dict[str, LoraSettings]:
+    """Returns settings with some of them replaced, by part."""
+    return {**lora, **{part: replace(lora[part], **values) for part, values in parts.items()}}
+
+
+def adapter_shapes(base: Base, lora: Lora) -> dict[str, torch.Size]:
     """Returns the shapes of an adapter's tensors, found by attaching one."""
     attach(base, lora)
     shapes = {key: tensor.shape for key, tensor in collect(base).items()}
@@ -32,9 +47,12 @@ def adapter_shapes(base: Base, lora: LoraSettings) -> dict[str, torch.Size]:
     return shapes
 
 
-def make_adapter(base: Base, lora: LoraSettings = LORA, seed: int = 0) -> Adapter:
+def make_adapter(
+    base: Base, lora: Lora = LORA, seed: int = 0, size: tuple[int, int] | None = None
+) -> Adapter:
     """Returns an adapter for a base with random tensors, large enough to change its images."""
     generator = torch.Generator().manual_seed(seed)
+    lora = own(base, lora)
     shapes = adapter_shapes(base, lora)
     return Adapter(
         tensors={key: torch.randn(shape, generator=generator) / 4 for key, shape in shapes.items()},
@@ -42,9 +60,9 @@ def make_adapter(base: Base, lora: LoraSettings = LORA, seed: int = 0) -> Adapte
         recipe=Recipe(lora=lora, edit=EDIT),
         base=base.name,
         fingerprint=base.fingerprint,
-        photo_latents=torch.randn((1, *base.latent_shape()), generator=generator),
-        resolution=base.resolution,
-        family=base.family,
+        photo_latents=torch.randn((1, *base.sample_shape(size)), generator=generator),
+        size=size or base.size,
+        family=base.family.name,
         seed=seed,
         seconds=1.0,
     )
@@ -58,5 +76,5 @@ def make_full_adapter(base: Base) -> Adapter:
         for part, module in base.parts.items()
         for name, weight in module.named_parameters()
     }
-    recipe = Recipe(lora=LORA, edit=EDIT, fit=FitSettings(method="full"))
+    recipe = Recipe(lora=own(base), edit=EDIT, fit=FitSettings(method="full"))
     return replace(make_adapter(base), tensors=tensors, recipe=recipe)

@@ -56,7 +56,7 @@ def imported_modules(module: str, is_package: bool, source: str) -> set[str]:
             whole = ".".join([*start, *([node.module] if node.module else [])])
             names = {name.name for name in node.names}
             if whole == "lora_unitune":  # public names count as the modules they live in
-                found |= {f"{whole}.{lora_unitune._ROOM_OF.get(name, name)}" for name in names}
+                found |= {f"{whole}.{lora_unitune._MODULE_OF.get(name, name)}" for name in names}
             elif whole == "lora_unitune.pocket":
                 found |= {f"{whole}.{name}" for name in names}
             else:

@@ -49,11 +49,11 @@ def test_whole_numbers_do_for_fractions_but_not_the_other_way() -> None:
 def test_overrides_are_read_in_the_settings_own_type() -> None:
     assignments = [
         "fit.steps=3",
-        "fit.unet_learning_rate=1e-3",
+        "lora.unet.learning_rate=1e-3",
         "fit.precision=bf16",
         "fit.gradient_checkpointing=true",
-        "lora.unet_targets=to_q, to_v",
-        'lora.text_encoder_targets=["q_proj"]',
+        "lora.unet.targets=to_q, to_v",
+        'lora.text_encoder.targets=["q_proj"]',
     ]
     recipe = Recipe().override(assignments)
     assert (recipe.fit.steps, recipe.fit.unet_learning_rate, recipe.fit.precision) == (3, 1e-3, "bf16")
@@ -72,12 +72,12 @@ def test_overrides_are_read_in_the_settings_own_type() -> None:
         ("fitt.steps=3", "did you mean 'fit'"),
         ("fit.steps=many", "a whole number from 1"),
         ("fit.steps=0", "a whole number from 1"),
-        ("fit.unet_learning_rate=nan", "a number above 0"),
-        ("fit.unet_learning_rate=inf", "a number above 0"),
+        ("lora.unet.learning_rate=nan", "a number above 0"),
+        ("lora.unet.learning_rate=inf", "a number above 0"),
         (f"fit.steps={10**400}", "a whole number from 1"),
         ("fit.precision=fp8", "auto, fp32, bf16, fp16"),
         ("fit.gradient_checkpointing=maybe", "true or false"),
-        ("lora.unet_targets=", "a list of one or more names"),
+        ("lora.unet.targets=", "a list of one or more names"),
         ("edit.strength=0", "above 0 and up to 1"),
         ("edit.strength=1.5", "above 0 and up to 1"),
         ("edit.guidance=-2", "from 1 to 100"),

@@ -1,10 +1,12 @@
-"""Puts one adapter after another on a base, in place where it can, and gives the base back to the bit.
+"""Hot-swaps adapters on a base, in place where it can, and restores the base bit for bit.
 
-The slots that adapters are copied into have room for every layout that was used so far: the largest ranks,
-and all layers. Where an adapter has less, zeros add nothing but, at most, another last bit.
+The attached layers that adapters are copied into suit every adapter that was used so far: the largest ranks,
+and all targets. An adapter with lower ranks is zero-padded, which changes the last bit at most.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
-from lora_unitune.recipe import LoraSettings
+from lora_unitune.settings import LoraSettings
 
 
 class Mount:
@@ -23,7 +25,7 @@ class Mount:
         """Takes a base without adapters."""
         self.base = base
         self._loaded: Adapter | None = None
-        self._room: LoraSettings | None = None
+        self._attached: Mapping[str, LoraSettings] | None = None
         self._slots: dict[str, nn.Parameter] = {}
         self._scale = 1.0
         self._originals: dict[str, Tensor] = {}
@@ -46,31 +48,31 @@ class Mount:
             self._use_lora(adapter, scale)
 
     def release(self) -> None:
-        """Gives the base back as it was before the first adapter, to the bit."""
+        """Restores the base as it was before the first adapter, bit for bit."""
         layers.detach(self.base)
         with torch.no_grad():
             for key, weight in self._weights().items():
                 if key in self._originals:
                     weight.copy_(self._originals[key])
         self._originals, self._slots = {}, {}
-        self._loaded, self._room, self._scale = None, None, 1.0
+        self._loaded, self._attached, self._scale = None, None, 1.0
 
     def _use_lora(self, adapter: Adapter, scale: float) -> None:
-        """Copies an adapter into the slots; where it doesn't fit, new ones are made that hold the old too."""
-        if adapter is self._loaded and scale == self._scale and self._room:
+        """Copies an adapter into the attached layers; where it doesn't fit, larger ones are attached first."""
+        if adapter is self._loaded and scale == self._scale and self._attached is not None:
             return
-        room, lora, parts = self._room, adapter.recipe.lora, self.base.parts
+        attached, lora, parts = self._attached, adapter.recipe.lora, self.base.parts
         self._loaded = None
         try:
-            if room is None or not layers.has_room(room, lora, parts):
+            if attached is None or not layers.can_hold(attached, lora, parts):
                 self.release()
-                room = lora if room is None else layers.with_room(room, lora, parts)
-                layers.attach(self.base, room)
-                self._room, self._slots = room, layers.slots(self.base)
+                wanted = lora if attached is None else layers.union(attached, lora, parts)
+                layers.attach(self.base, wanted)
+                self._attached, self._slots = wanted, layers.slots(self.base)
             layers.load_in_place(self._slots, adapter.tensors, lora)
         except RecipeError as error:
             raise AdapterFileError(f"the adapter's recipe doesn't suit the base: {error}") from error
-        layers.set_scale(self.base, {part: scale * adapter.scale_of(part) for part in parts})
+        layers.set_scale(self.base, {part: scale * settings.scale for part, settings in lora.items()})
         self._loaded, self._scale = adapter, scale
 
     def _use_full(self, adapter: Adapter, scale: float) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,69 +13,73 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_unitune.adapter.checks import is_target, lora_settings
+from lora_unitune.adapter.checks import is_target
 from lora_unitune.adapter.int8 import rank_axis
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
-from lora_unitune.recipe import LoraSettings
+from lora_unitune.settings import LoraSettings
 
 ADAPTER_NAME = "unitune"
 _ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 
-def lora_config(part: str, lora: LoraSettings) -> LoraConfig:
+def lora_config(settings: LoraSettings) -> LoraConfig:
     """Returns PEFT's configuration of one part's adapter.
 
     Args:
-        part: "unet" or "text_encoder".
-        lora: its `<part>_rank`, `<part>_alpha` and `<part>_targets` are used.
+        settings: The part's rank, alpha and targets.
     """
-    rank, alpha, targets = lora_settings(lora, part)
+    alpha = settings.scale * settings.rank
     return LoraConfig(
-        r=rank,
+        r=settings.rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=list(targets),
+        target_modules=list(settings.targets),
         init_lora_weights=True,
     )
 
 
-def patterns(tensors: Mapping[str, Tensor], lora: LoraSettings, part: str) -> dict[str, dict[str, float]]:
+def patterns(tensors: Mapping[str, Tensor], settings: LoraSettings, part: str) -> dict[str, dict[str, float]]:
     """Returns PEFT's rank_pattern and alpha_pattern: the layers whose rank is below their part's.
 
     Args:
-        tensors: of the adapter, by "<part>.<module>.lora_A.weight".
-        lora: its settings.
-        part: "unet" or "text_encoder".
+        tensors: The adapter's, by "<part>.<module>.lora_A.weight".
+        settings: The part's.
+        part: Name of the part.
     """
-    settings, end = lora_settings(lora, part), ".lora_A.weight"
+    end = ".lora_A.weight"
     ranks: dict[str, float] = {
         key.removeprefix(f"{part}.").removesuffix(end): tensor.shape[0]
         for key, tensor in tensors.items()
         if key.startswith(f"{part}.") and key.endswith(end)
     }
     lower = {module: each for module, each in ranks.items() if each != settings.rank}
-    scale = settings.alpha / settings.rank
-    return {"rank_pattern": lower, "alpha_pattern": {module: each * scale for module, each in lower.items()}}
+    alphas = {module: each * settings.scale for module, each in lower.items()}
+    return {"rank_pattern": lower, "alpha_pattern": alphas}
 
 
-def attach(base: Base, lora: LoraSettings, generator: torch.Generator | None = None) -> None:
+def adapted(base: Base, lora: Mapping[str, LoraSettings]) -> list[str]:
+    """Returns the parts of a base that get adapters: those whose rank isn't 0."""
+    return [part for part in base.parts if part in lora and lora[part].rank]
+
+
+def attach(base: Base, lora: Mapping[str, LoraSettings], generator: torch.Generator | None = None) -> None:
     """Puts a new adapter on each part whose rank isn't 0; the base's output stays the same, since B is 0.
 
     Any adapter that is there already is detached first. The new weights are float32 and trainable.
 
     Args:
-        base: its parts get the adapters.
-        lora: ranks, alphas and targets.
-        generator: on the CPU; draws the A matrices (Kaiming uniform), so a seed gives the same tensors on any
+        base: Its parts get the adapters.
+        lora: Ranks, alphas and targets by part.
+        generator: Draws the A matrices (Kaiming uniform), on the CPU, so a seed gives the same tensors on any
             device. None when the weights are loaded afterwards.
 
     Raises:
-        RecipeError: a target isn't a linear or convolution layer of its part.
+        RecipeError: A target isn't a linear or convolution layer of its part.
     """
     detach(base)
-    configs = {part: lora_config(part, lora) for part in base.parts if lora_settings(lora, part).rank}
+    configs = {part: lora_config(lora[part]) for part in adapted(base, lora)}
     for part in configs:
-        _check_targets(part, base.parts[part], lora_settings(lora, part).targets)
+        _check_targets(part, base.parts[part], lora[part].targets)
     for part, config in configs.items():
         module = base.parts[part]
         with torch.random.fork_rng(devices=[]):  # PEFT's own draws leave the caller's random state alone
@@ -114,17 +117,17 @@ def slots(base: Base) -> dict[str, nn.Parameter]:
 
 
 def load_in_place(
-    weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], lora: LoraSettings
+    weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], lora: Mapping[str, LoraSettings]
 ) -> None:
-    """Copies an adapter's tensors into attached adapters; what they leave of the room is filled with zeros.
+    """Copies an adapter's tensors into attached adapters of the same or of higher ranks, padded with zeros.
 
     Args:
-        weights: of attached adapters with room for this one, as `slots` returns them.
-        tensors: as `collect` returns them; any dtype.
-        lora: the adapter's settings, whose targets have to be there.
+        weights: Of attached adapters, as `slots` returns them.
+        tensors: As `collect` returns them; any dtype.
+        lora: The adapter's settings by part, whose targets have to be attached.
 
     Raises:
-        AdapterFileError: a tensor is missing, surplus or misshapen; nothing is copied then.
+        AdapterFileError: A tensor is missing, surplus or misshapen; nothing is copied then.
     """
     for key in sorted(weights.keys() - tensors.keys()):
         if is_target(key, lora):
@@ -136,15 +139,15 @@ def load_in_place(
             f"the adapter's tensor '{key}' has no place in the base; use the base it was made for"
         )
     for key, tensor in tensors.items():
-        found, room = tensor.shape, weights[key].shape
+        found, wanted = tensor.shape, weights[key].shape
         inner = rank_axis(key)
-        same = len(found) == len(room) and all(
-            size == space or (axis == inner and size < space)
-            for axis, (size, space) in enumerate(zip(found, room, strict=False))
+        fits = len(found) == len(wanted) and all(
+            size == most or (axis == inner and size < most)
+            for axis, (size, most) in enumerate(zip(found, wanted, strict=False))
         )
-        if not same:
+        if not fits:
             raise AdapterFileError(
-                f"the adapter's tensor '{key}' has shape {tuple(found)} instead of {tuple(room)}; use "
+                f"the adapter's tensor '{key}' has shape {tuple(found)} instead of {tuple(wanted)}; use "
                 "the base it was made for"
             )
     with torch.no_grad():
@@ -156,9 +159,12 @@ def load_in_place(
             weight.narrow(inner, rank, weight.shape[inner] - rank).zero_()
 
 
-def has_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> bool:
-    """Says whether adapters attached with the settings `room` can hold one with the settings `lora`."""
-    pairs = [(lora_settings(lora, part), lora_settings(room, part)) for part in parts]
+def can_hold(
+    attached: Mapping[str, LoraSettings], lora: Mapping[str, LoraSettings], parts: Iterable[str]
+) -> bool:
+    """Says whether adapters attached with some settings can hold one with others, zero-padded."""
+    none = LoraSettings(0)
+    pairs = [(lora.get(part, none), attached.get(part, none)) for part in parts]
     return all(
         ours.rank <= theirs.rank and set(ours.targets) <= set(theirs.targets)
         for ours, theirs in pairs
@@ -166,23 +172,24 @@ def has_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> bo
     )
 
 
-def with_room(room: LoraSettings, lora: LoraSettings, parts: Iterable[str]) -> LoraSettings:
-    """Returns settings that have room for both: the larger ranks, and all targets."""
-    changes: dict[str, Any] = {}
+def union(
+    first: Mapping[str, LoraSettings], second: Mapping[str, LoraSettings], parts: Iterable[str]
+) -> dict[str, LoraSettings]:
+    """Returns settings that can hold adapters of both: the larger ranks, and all targets."""
+    both = {}
     for part in parts:
-        used = [each for each in (lora_settings(room, part), lora_settings(lora, part)) if each.rank]
+        used = [lora[part] for lora in (first, second) if part in lora and lora[part].rank]
         if used:
             targets = dict.fromkeys(name for each in used for name in each.targets)
-            changes[f"{part}_rank"] = max(each.rank for each in used)
-            changes[f"{part}_targets"] = tuple(targets)
-    return replace(room, **changes)
+            both[part] = LoraSettings(max(each.rank for each in used), targets=tuple(targets))
+    return both
 
 
 def set_scale(base: Base, scales: Mapping[str, float]) -> None:
     """Sets, by part, what a layer's B A is multiplied by: alpha / rank as trained, 0 the plain base."""
     for part, module in base.parts.items():
         for _, layer in _layers(module):
-            layer.scaling[ADAPTER_NAME] = scales[part]
+            layer.scaling[ADAPTER_NAME] = scales.get(part, 0.0)
 
 
 @contextlib.contextmanager
@@ -216,7 +223,7 @@ def adapters_for_last(base: Base, count: int) -> Iterator[None]:
 
 
 def detach(base: Base) -> None:
-    """Removes the adapters: every part holds its original module objects again, untouched. Idempotent."""
+    """Removes the adapters: every part has its original modules again, unchanged. Idempotent."""
     for module in base.parts.values():
         for name, layer in _layers(module):
             parent, _, child = name.rpartition(".")
@@ -260,7 +267,7 @@ def _check_targets(part: str, module: nn.Module, targets: tuple[str, ...]) -> No
         hint = f"did you mean '{near[0]}'? " if near else ""
         fault = "isn't a linear or convolution layer" if matched else "names no layer"
         raise RecipeError(
-            f"lora.{part}_targets: '{target}' {fault} of the base's {part}; "
+            f"lora.{part}.targets: '{target}' {fault} of the base's {part}; "
             f"{hint}it has {', '.join(sorted(names))}"
         )
 

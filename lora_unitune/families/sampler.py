@@ -19,6 +19,7 @@ class Sampler:
         timesteps: (steps,), what the denoiser is told at each step.
         shares: Of the denoising that lies behind when each step begins.
         levels: The base's noise schedule at the distinct timesteps of the run, the noisiest first.
+        first_step: Of each of those levels, the number of the first step at it.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Sampler:
         self._first = skip * scheduler.order
         self.timesteps: Tensor = scheduler.timesteps[self._first :]
         self.shares = [schedule.share(float(timestep)) for timestep in self.timesteps]
-        distinct = self.timesteps.unique_consecutive()
+        distinct, counts = self.timesteps.unique_consecutive(return_counts=True)
+        self.first_step = [int(end) - int(count) for end, count in zip(counts.cumsum(0), counts, strict=True)]
         if schedule.prediction == "flow":
             self.levels = NoiseSchedule.flow(distinct / schedule.span[0], schedule.span[0])
         else:

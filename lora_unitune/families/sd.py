@@ -189,8 +189,11 @@ class StableDiffusionBase:
 
     def sampler(self, steps: int, size: Size | None = None, skip: int = 0) -> Sampler:
         """Returns a fresh sampler, of the kind and with the settings that the base ships."""
-        fresh = type(self._scheduler).from_config(self._scheduler.config)
-        return Sampler(fresh, self._schedule, steps, skip, self.device)
+        return Sampler(self.make_scheduler(), self._schedule, steps, skip, self.device)
+
+    def make_scheduler(self) -> Any:
+        """Returns a fresh scheduler of diffusers, of the kind and with the settings that the base ships."""
+        return type(self._scheduler).from_config(self._scheduler.config)
 
 
 class ClipVocabulary:

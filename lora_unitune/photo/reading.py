@@ -1,23 +1,26 @@
-"""Any image file or PIL image -> an upright RGB square at a base's resolution."""
+"""Any image file or PIL image -> upright sRGB at its own size."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lora_unitune.errors import PhotoError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
-SMALLEST_SIDE = 16  # pixels
-LARGEST_ENLARGEMENT = 4
 
 # What Pillow's decoders raise on damaged files.
 _DECODING_ERRORS = (
@@ -34,33 +37,37 @@ _DECODING_ERRORS = (
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo ready for a base.
+    """A photo, upright and in sRGB.
 
     Attributes:
-        image: Upright RGB square, at the base's resolution.
-        source: The path it came from, or "PIL image".
-        original_size: Upright (width, height) in pixels, before the crop.
+        image: RGB, at its own size, or at the one it was framed to.
+        source: Path of its file, or "PIL image".
         notes: What was done to it that its owner may want to know, one sentence each.
     """
 
     image: Image.Image
     source: str
-    original_size: tuple[int, int]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hexadecimal digits that change with its size and its pixels: by them a file knows its photo."""
+        found = hashlib.sha256(f"{self.image.width}x{self.image.height}".encode())
+        found.update(self.image.tobytes())
+        return found.hexdigest()[:32]
 
 
-def load_photo(source: str | Path | Image.Image, resolution: int) -> Photo:
-    """Reads a photo, turns it upright, crops its centre square and resizes that.
+def load_photo(source: str | Path | Image.Image) -> Photo:
+    """Reads a photo and turns it upright.
 
     Args:
         source: Path of an image file, or a PIL image.
-        resolution: Side of the square, in pixels.
 
     Returns:
-        The photo, with a note for each thing that was left out or made up.
+        The photo at its own size, with a note for each thing that was left out or made up.
 
     Raises:
-        PhotoError: It isn't there, isn't an image, is damaged, too large to decode safely, or far too small.
+        PhotoError: It isn't there, isn't an image, is damaged, or too large to decode safely.
     """
     name = "PIL image" if isinstance(source, Image.Image) else str(source)
     notes: list[str] = []
@@ -77,12 +84,13 @@ def load_photo(source: str | Path | Image.Image, resolution: int) -> Photo:
         except _DECODING_ERRORS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise PhotoError(f"{name} is damaged or incomplete ({reason}); get it again") from None
-    square = _square(upright, resolution, name, notes)
-    return Photo(image=square, source=name, original_size=upright.size, notes=tuple(notes))
+    return Photo(upright, name, tuple(notes))
 
 
-def photo_to_tensor(photo: Photo) -> torch.Tensor:
+def photo_to_tensor(photo: Photo) -> Tensor:
     """Returns the photo's pixels: (1, 3, height, width) float32 in [-1, 1]."""
+    import torch
+
     pixels = torch.from_numpy(np.array(photo.image.convert("RGB"), dtype=np.float32))
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).unsqueeze(0).contiguous()
 
@@ -146,20 +154,3 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         except (ImageCms.PyCMSError, OSError, ValueError):
             pass  # a broken profile: the plain conversion shows what other programs would show
     return image.convert("RGB")
-
-
-def _square(image: Image.Image, resolution: int, name: str, notes: list[str]) -> Image.Image:
-    """Cuts out the centre square and resizes it, with notes; far too small images are an error."""
-    width, height = image.size
-    short = min(width, height)
-    needed = max(SMALLEST_SIDE, -(-resolution // LARGEST_ENLARGEMENT))
-    if short < needed:
-        raise PhotoError(
-            f"{name} is {width} x {height} pixels; the base works at {resolution} x {resolution} and needs "
-            f"at least {needed} on the shorter side; give a larger photo"
-        )
-    if width != height:
-        notes.append(f"its centre square is used, {short} of {max(width, height)} pixels of the longer side")
-    if short < resolution:
-        notes.append(f"it is enlarged from {short} to {resolution} pixels, so it will look soft")
-    return ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)

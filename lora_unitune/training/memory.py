@@ -1,4 +1,4 @@
-"""What a fit does about a device's memory: it keeps out what isn't needed, and makes do with less."""
+"""A device's memory during a fit: modules that aren't needed are offloaded, and steps take less when it runs out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from lora_unitune.errors import SettingError
+from lora_unitune.errors import FitError
 from lora_unitune.families import Base
-from lora_unitune.recipe import FitSettings
+from lora_unitune.settings import FitSettings
 
 
 @contextlib.contextmanager
-def on_the_cpu(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside the `with` block, modules that a phase doesn't need are out of the device's memory."""
+def offloaded(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the `with` block, modules that it doesn't need are on the CPU, out of the device's memory."""
     try:
         for module in modules:
             module.to("cpu")
@@ -30,15 +30,15 @@ def on_the_cpu(modules: Sequence[torch.nn.Module], device: torch.device) -> Iter
 def checkpointing(base: Base, wanted: bool) -> Iterator[Callable[[bool], None]]:
     """Recomputes activations in the backward pass instead of keeping them (arXiv 1604.06174), if wanted.
 
-    Gives the `with` block a function that switches it.
+    The `with` block gets a function that switches it.
     """
-    unet: Any = base.parts["unet"]
+    denoiser: Any = base.parts[base.family.denoiser]
 
     def switch(on: bool) -> None:
         if on:
-            unet.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
         else:
-            unet.disable_gradient_checkpointing()
+            denoiser.disable_gradient_checkpointing()
 
     switch(wanted)
     try:
@@ -56,19 +56,19 @@ def unless_out_of_memory(work: Callable[[], float]) -> float | None:
 
 
 def with_less_memory(settings: FitSettings, step: int) -> tuple[FitSettings, str]:
-    """Returns settings that need less memory for the same result, and what to tell about them.
+    """Returns settings that need less memory for the same result, and a note on them.
 
     Raises:
-        SettingError: there are none.
+        FitError: there are none.
     """
     said = f"memory ran out at step {step + 1}"
     if not settings.gradient_checkpointing:
         changed = replace(settings, gradient_checkpointing=True)
         return changed, f"{said}: the fit goes on, slower, with activations recomputed"
     if settings.batch_size == 1:
-        raise SettingError(
-            f"{said} with one noised copy at a time and activations recomputed; lower photo.resolution or "
-            "lora.unet_rank, close other programs, or use --device cpu"
+        raise FitError(
+            f"{said} with one noised copy at a time and activations recomputed; lower photo.size or the "
+            "ranks, close other programs, or fit on the CPU"
         )
     size = next(n for n in range(settings.batch_size - 1, 0, -1) if settings.batch_size % n == 0)
     parts = settings.gradient_accumulation * settings.batch_size // size

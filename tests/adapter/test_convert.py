@@ -361,8 +361,8 @@ def test_a_peft_folder_with_wrong_tensors_is_refused(adapter: Adapter, tmp_path:
 def test_a_fit_goes_on_from_an_adapter_of_any_layout(
     base15: Base, photo_image: Any, tmp_path: Path, layout: Any
 ) -> None:
-    steps = ["fit.steps=2", "fit.batch_size=1", "fit.unet_learning_rate=1e-12"]
-    steps += ["fit.text_encoder_learning_rate=1e-12"]
+    steps = ["fit.steps=2", "fit.batch_size=1", "lora.unet.learning_rate=1e-12"]
+    steps += ["lora.text_encoder.learning_rate=1e-12"]
     make_adapter(base15, EVERYTHING).save(tmp_path / "first.safetensors", dtype=torch.float32)
     convert(tmp_path / "first.safetensors", layout, tmp_path / "other")
     start = open_adapter(tmp_path / "other")

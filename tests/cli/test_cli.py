@@ -16,7 +16,7 @@ from command_line import QUICK, refused, run
 from PIL import Image
 
 from lora_unitune import Adapter, __version__
-from lora_unitune.editing.editor import read_settings
+from lora_unitune.editing.record import read_settings
 
 
 def test_fit_prints_one_json_object_and_progress_elsewhere(fitted: tuple[Path, Result]) -> None:

@@ -71,7 +71,7 @@ def test_bad_photos(tmp_path: Path, tiny_sd15: Path, write: Callable[[Path], Non
         (["--set", "fit.stepz=3"], "did you mean 'steps'"),
         (["--set", "fit.steps=0"], "a whole number from 1"),
         (["--set", "prompt.rare_tokens=é€"], "rare token"),
-        (["--set", "lora.unet_targets=to_nowhere"], "to_nowhere"),
+        (["--set", "lora.unet.targets=to_nowhere"], "to_nowhere"),
         (["--set", "fit.optimizer=adamx"], "adamx"),
         (["--set", "photo.resolution=33"], "33"),
         (["--recipe", "sd15/7gb"], "unknown recipe"),

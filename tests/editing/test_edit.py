@@ -19,16 +19,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
-from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
+from random_adapters import EDIT, LORA, changed, make_adapter, make_full_adapter
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.layers import is_attached
 from lora_unitune.editing.editor import Editor
-from lora_unitune.errors import AdapterFileError
+from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import Base, load_base
-from lora_unitune.families.schedule import add_noise, clean_latents
-from lora_unitune.recipe import LoraSettings
+from lora_unitune.settings import LoraSettings
 
 
 def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
@@ -69,7 +68,7 @@ def test_a_plain_pipeline_gives_the_same_image(
     kind = StableDiffusionXLPipeline if layout == "sdxl" else StableDiffusionPipeline
     pipeline = plain_pipeline(kind, base, folder, path)
     written = capfd.readouterr()
-    noise = torch.randn((1, *base.latent_shape()), generator=torch.Generator().manual_seed(3))
+    noise = torch.randn((1, *base.sample_shape()), generator=torch.Generator().manual_seed(3))
     arguments: dict[str, Any] = {
         "prompt": "zqrt ohwx a fox",
         "negative_prompt": negative_prompt or None,
@@ -152,10 +151,10 @@ def test_saving_and_loading_changes_no_output(editor: Editor, adapter: Adapter, 
     assert first.settings == second.settings
 
 
-def test_edits_and_swaps_leave_the_base_as_it_was_to_the_bit(base15: Base, editor: Editor) -> None:
+def test_edits_and_swaps_leave_the_base_as_it_was_bit_for_bit(base15: Base, editor: Editor) -> None:
     before = weights_of(base15)
     plain = editor.edit(None, "a fox", steps=2).image.tobytes()
-    other = LoraSettings(unet_rank=2, unet_targets=("to_q", "conv1"), text_encoder_rank=0)
+    other = {"unet": LoraSettings(2, targets=("to_q", "conv1")), "text_encoder": LoraSettings(0)}
     for adapter in (
         make_adapter(base15),
         make_adapter(base15, seed=5),
@@ -172,8 +171,8 @@ def test_edits_and_swaps_leave_the_base_as_it_was_to_the_bit(base15: Base, edito
 
 
 def test_a_swapped_adapter_edits_as_in_a_fresh_editor(base15: Base, editor: Editor) -> None:
-    other = LoraSettings(unet_rank=2, unet_targets=("to_q",), text_encoder_rank=0)
-    same_shapes = replace(LORA, unet_alpha=1.0)
+    other = {"unet": LoraSettings(2, targets=("to_q",)), "text_encoder": LoraSettings(0)}
+    same_shapes = changed(LORA, unet={"alpha": 1.0})
     made = [
         make_adapter(base15),
         make_adapter(base15, seed=5),
@@ -201,7 +200,7 @@ def test_an_adapter_of_the_same_layout_is_exchanged_in_place(base15: Base, edito
 
 
 def test_slots_that_grew_hold_every_layout_used_so_far(base15: Base, editor: Editor) -> None:
-    other = LoraSettings(unet_rank=2, unet_targets=("to_q", "conv1"), text_encoder_rank=0)
+    other = {"unet": LoraSettings(2, targets=("to_q", "conv1")), "text_encoder": LoraSettings(0)}
     made = [make_adapter(base15), make_adapter(base15, other)]
     for adapter in made:
         editor.edit(adapter, "a fox", steps=1, strength=1)
@@ -217,7 +216,7 @@ def test_the_last_adapters_stay_in_memory_within_a_budget(base15: Base, tmp_path
         make_adapter(base15, seed=number).save(path)
     one = AdapterCache(10**9)
     first = one.open(paths[0])
-    assert one.open(paths[0]) is first and one.open(paths[0], tokens="zqrt") is not first
+    assert one.open(paths[0]) is first and one.open(paths[0], trigger="zqrt") is not first
     cache = AdapterCache(2 * one.size // 2 + 1)
     opened = [cache.open(path) for path in paths]
     assert cache.size <= cache.budget
@@ -272,21 +271,11 @@ def test_a_residual_adds_to_the_photo_what_the_prompt_changed(
     torch.testing.assert_close(together[1:], drawn(text))
 
     once = drawn(text, steps=2, strength=0.5, guidance=1.0)  # one step: from the noised photo to clean
-    timestep, noise = (
-        base.make_scheduler(),
-        torch.randn(photo.shape, generator=torch.Generator().manual_seed(3)),
-    )
-    timestep.set_timesteps(2)
-    steps = timestep.timesteps[1:]
-    noised = add_noise(photo, noise, steps, base.alphas_cumprod)
+    noise = torch.randn(photo.shape, generator=torch.Generator().manual_seed(3))
+    sampler, first = base.sampler(2, skip=1), torch.tensor([0])
+    noisy = sampler.levels.add_noise(photo, noise, first)
     whole, rare = (
-        clean_latents(
-            base.predict(noised, steps, base.embed(base.tokenize(words)[0])),
-            noised,
-            steps,
-            base.alphas_cumprod,
-            base.prediction_type,
-        )
+        sampler.levels.clean(base.predict(noisy, sampler.timesteps, base.condition(words)), noisy, first)
         for words in (text, adapter.rare_tokens)
     )
     torch.testing.assert_close(once, base.decode(photo + whole - rare))
@@ -333,12 +322,46 @@ def test_guidance_acts_on_its_interval_only(editor: Editor, adapter: Adapter) ->
 
 
 def test_many_edits_equal_single_ones_with_consecutive_seeds(editor: Editor, adapter: Adapter) -> None:
-    many = editor.edit_many(adapter, "a fox", 3, seed=7, guidance=3.0)
-    for index, edit in enumerate(many):
-        assert edit.settings["seed"] == 7 + index
-        alone = editor.edit(adapter, "a fox", seed=7 + index, guidance=3.0)
-        assert alone.image.tobytes() == edit.image.tobytes()
-    assert len({edit.image.tobytes() for edit in many}) == 3
+    for size in (0, 1, 2):
+        many = editor.edit_many(adapter, "a fox", 3, seed=7, guidance=3.0, batch_size=size)
+        for index, edit in enumerate(many):
+            assert edit.settings["seed"] == 7 + index
+            alone = editor.edit(adapter, "a fox", seed=7 + index, guidance=3.0)
+            assert alone.settings == edit.settings
+            assert np.abs(pixels(alone.image) - pixels(edit.image)).max() <= (0 if size == 1 else 1)
+        assert len({edit.image.tobytes() for edit in many}) == 3
+
+
+def test_a_batch_that_memory_cannot_hold_is_halved(
+    base15: Base, editor: Editor, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, sizes = base15.predict, list[int]()
+
+    def on_a_small_card(noisy: torch.Tensor, *others: Any) -> torch.Tensor:
+        sizes.append(len(noisy))
+        if len(noisy) > 2:
+            raise torch.OutOfMemoryError("the card is full")
+        return predict(noisy, *others)
+
+    settings: dict[str, Any] = {"guidance": 1.0, "steps": 2, "strength": 1.0}
+    expected = editor.edit_many(adapter, "a fox", 5, batch_size=2, **settings)
+    monkeypatch.setattr(base15, "predict", on_a_small_card)
+    edits = editor.edit_many(adapter, "a fox", 5, **settings)
+    assert [edit.image.tobytes() for edit in edits] == [edit.image.tobytes() for edit in expected]
+    assert max(sizes) == 5 and [edit.settings["seed"] for edit in edits] == [0, 1, 2, 3, 4]
+
+
+def test_leaving_the_with_block_restores_the_base(base15: Base, adapter: Adapter) -> None:
+    before = weights_of(base15)
+    with Editor(base15) as editor:
+        editor.edit(adapter, "a fox", steps=1, strength=1)
+        assert is_attached(base15)
+    assert not is_attached(base15) and unchanged(base15, before)
+
+
+def test_a_setting_that_there_is_not_gets_the_nearest(editor: Editor, adapter: Adapter) -> None:
+    with pytest.raises(SettingError, match="'guidence' of edit .did you mean 'guidance'"):
+        editor.edit(adapter, "a fox", guidence=3)
 
 
 @pytest.mark.parametrize("order", [["reconstruct", "edit"], ["edit", "reconstruct"]])
@@ -367,7 +390,7 @@ def test_the_photo_given_with_an_edit_replaces_the_one_in_the_file(
     bare = editor.edit(replace(adapter, photo_latents=None), "a fox", strength=0.5, photo=photo_image)
     assert embedded.image.tobytes() != given.image.tobytes() == bare.image.tobytes()
     assert [edit.settings["photo"] for edit in (embedded, given)] == ["adapter", "given"]
-    assert any("centre square" in note for note in given.notes)
+    assert any("only its centre is used" in note for note in given.notes)
 
 
 def test_less_strength_stays_nearer_to_the_photo(editor: Editor, adapter: Adapter) -> None:
@@ -383,7 +406,7 @@ def test_photo_round_trip_decodes_the_latents_in_the_file(
     base15: Base, editor: Editor, adapter: Adapter
 ) -> None:
     image = editor.photo_round_trip(adapter)
-    assert image.size == (base15.resolution, base15.resolution)
+    assert image.size == base15.size
     assert adapter.photo_latents is not None
     decoded = base15.decode(adapter.photo_latents)[0].permute(1, 2, 0).numpy()
     assert np.abs(pixels(image) / 255 - decoded).max() <= 0.5 / 255 + 1e-6

@@ -10,7 +10,8 @@ from PIL import Image
 from random_adapters import EDIT, make_adapter
 
 from lora_unitune.adapter.adapter import Adapter
-from lora_unitune.editing.editor import Editor, read_settings
+from lora_unitune.editing.editor import Editor
+from lora_unitune.editing.record import read_settings
 from lora_unitune.errors import OutputError, SettingError
 from lora_unitune.families import Base
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import at
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from lora_unitune.errors import BaseModelError, DeviceError, RecipeError
-from lora_unitune.families import PARTS, Base, load_base, resolve_device
+from lora_unitune.families import FAMILIES, Base, expanded, load_base
+from lora_unitune.families.loading import resolve_device
 from lora_unitune.families.sd import fingerprint
-from lora_unitune.photo.reading import load_photo, photo_to_tensor
+from lora_unitune.photo.reading import photo_to_tensor
 
 
 def pipeline_of(folder: Path) -> StableDiffusionPipeline:
@@ -34,44 +36,49 @@ def base(request: pytest.FixtureRequest) -> Base:
 def test_a_base_keeps_the_protocol(base: Base) -> None:
     assert isinstance(base, Base)
     assert (
-        base.parts.keys() == set(PARTS[base.family])
+        list(base.parts) == list(base.family.parts)
+        and base.family.name in FAMILIES
         and len(base.fingerprint) == 16
         and int(base.fingerprint, 16) >= 0
     )
     assert (
-        base.resolution == 32 and base.latent_shape() == (4, 16, 16) and base.latent_shape(64) == (4, 32, 32)
+        base.size == (32, 32)
+        and base.sample_shape() == (4, 16, 16)
+        and base.sample_shape((64, 48)) == (4, 24, 32)
     )
     assert base.dtype == torch.float32 and base.device.type == "cpu"
-    assert base.alphas_cumprod.shape == (1000,) and base.alphas_cumprod.dtype == torch.float32
+    schedule = base.schedule()
+    assert len(schedule) == 1000 and schedule.alpha.dtype == schedule.sigma.dtype == torch.float32
 
 
 def test_the_modules_are_frozen_and_in_eval_mode(base: Base) -> None:
-    for module in [*base.parts.values(), base.vae]:
+    for module in [*base.parts.values(), *base.frozen.values()]:
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert not any(child.training for child in module.modules())
 
 
 def test_the_layouts_differ_as_sd_15_and_21_do(base15: Base, base21: Base) -> None:
-    assert (base15.prediction_type, base21.prediction_type) == ("epsilon", "v_prediction")
+    predictions = (base15.schedule().prediction, base21.schedule().prediction)
+    assert predictions == ("epsilon", "v_prediction")
     assert base15.fingerprint != base21.fingerprint
 
 
 def test_prompt_and_unet_agree_with_a_plain_pipeline(tiny_sd15: Path, base15: Base) -> None:
     pipeline = pipeline_of(tiny_sd15)
     expected, _ = pipeline.encode_prompt("a red fox", "cpu", 1, do_classifier_free_guidance=False)
-    ids, cut = base15.tokenize("a red fox")
-    embeddings = base15.embed(ids)
-    assert cut == "" and torch.equal(embeddings, expected)
+    condition = base15.condition("a red fox")
+    assert base15.tokenize("a red fox")[1] == ""
+    assert torch.equal(condition["encoder_hidden_states"], expected)
     latents, steps = torch.randn(2, 4, 16, 16), torch.tensor([3, 900])
     with torch.no_grad():
         plain = pipeline.unet(latents, steps, encoder_hidden_states=expected.expand(2, -1, -1)).sample
-        assert torch.equal(base15.predict(latents, steps, embeddings.expand(2, -1, -1)), plain)
+        assert torch.equal(base15.predict(latents, steps, expanded(condition, 2)), plain)
 
 
 def test_photo_round_trip_is_the_vaes(tiny_sd21: Path, base21: Base, photo_image: Image.Image) -> None:
     vae = pipeline_of(tiny_sd21).vae
-    pixels = photo_to_tensor(load_photo(photo_image, 32))
-    mean, std = base21.encode_photo(pixels)
+    pixels = photo_to_tensor(at(photo_image, 32))
+    mean, std = base21.encode(pixels)
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
         restored = (vae.decode(posterior.mean).sample / 2 + 0.5).clamp(0, 1)
@@ -105,7 +112,7 @@ def test_the_fingerprint_follows_the_weights_but_not_the_place_or_dtype(
 
 
 def test_the_fingerprint_follows_the_noise_schedule_but_not_a_processors_rounding(base15: Base) -> None:
-    parts, scheduler = {**base15.parts, "vae": base15.vae}, base15.make_scheduler()
+    parts, scheduler = {**base15.parts, **base15.frozen}, base15.make_scheduler()
     original = fingerprint(scheduler=scheduler, **parts)
     scheduler.alphas_cumprod *= 1 + 2**-22
     assert fingerprint(scheduler=scheduler, **parts) == original
@@ -122,7 +129,7 @@ def test_each_scheduler_is_fresh_and_has_the_bases_schedule(base15: Base, base21
         first, second = base.make_scheduler(), base.make_scheduler()
         first.set_timesteps(5)
         assert first is not second and second.num_inference_steps is None
-        assert torch.equal(first.alphas_cumprod, base.alphas_cumprod)
+        assert torch.equal(first.alphas_cumprod.sqrt(), base.schedule().alpha)
         assert first.config.clip_sample is False and first.config.steps_offset == 1
     assert type(base15.make_scheduler()).__name__ == "DDIMScheduler"  # the folder ships PNDM
 
@@ -134,14 +141,14 @@ def test_zero_terminal_snr_reaches_the_training_schedule(tiny_sd21: Path, tmp_pa
     changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     base = load_base(str(folder), "cpu")
-    assert base.alphas_cumprod[-1].abs() < 1e-6
+    assert base.schedule().alpha[-1].abs() < 1e-3
     assert base.make_scheduler().config.timestep_spacing == "trailing"
 
 
-@pytest.mark.parametrize("resolution", [30, 33, 2, -32])
-def test_a_resolution_the_base_cannot_take_is_refused(base15: Base, resolution: int) -> None:
-    with pytest.raises(RecipeError, match=f"photo.resolution = {resolution}.*multiple of 4"):
-        base15.latent_shape(resolution)
+@pytest.mark.parametrize("size", [(30, 32), (32, 33), (2, 32), (-32, 32)])
+def test_a_size_the_base_cannot_take_is_refused(base15: Base, size: tuple[int, int]) -> None:
+    with pytest.raises(RecipeError, match=f"photo.size = {size[0]}x{size[1]}.*multiples of 4"):
+        base15.sample_shape(size)
 
 
 def test_unknown_names_and_folders_are_refused(tmp_path: Path) -> None:

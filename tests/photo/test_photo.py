@@ -76,7 +76,7 @@ def test_a_small_photo_is_enlarged_with_a_note_and_a_tiny_one_refused(quarters: 
     photo = load_photo(quarters, 2 * SIDE)
     assert photo.image.size == (64, 64) and "enlarged from 32 to 64" in photo.notes[0]
     with pytest.raises(PhotoError, match="needs at least 128"):
-        load_photo(quarters, 512)
+        at(quarters, 512)
     with pytest.raises(PhotoError, match="needs at least 16"):
         load_photo(quarters.crop((0, 0, 15, 32)), SIDE)
 

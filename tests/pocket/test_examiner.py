@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_unitune.pocket import world
+from lora_unitune.pocket.pretraining import train_examiner
 from lora_unitune.pocket.world import examiner
 from lora_unitune.pocket.world.pictures import renders
 
@@ -19,7 +20,7 @@ def held_out(count: int) -> tuple[np.ndarray, list[world.Scene]]:
 
 def test_it_reads_scenes_it_never_saw() -> None:
     pictures, drawn = held_out(300)
-    scores = examiner.test(examiner.load(), pictures, drawn)
+    scores = train_examiner.score(examiner.load(), pictures, drawn)
     for field in examiner.CHOICES:
         assert scores[field] >= 0.96, field  # 98 % on 1,500; 300 scatter more
         assert scores[f"{field}_calibration"] <= 0.03, field
@@ -47,8 +48,8 @@ def test_a_colour_that_cannot_be_seen_is_not_asked_for() -> None:
     assert examiner.has_colour(car)
     assert not examiner.has_colour(replace(car, look="sepia"))
     assert not examiner.has_colour(world.Scene("dog", "meadow"))
-    numbers, places = examiner.labels([car, replace(car, look="sketch")])
-    assert numbers[:, -1].tolist() == [0, examiner.IGNORED]
+    numbers, places = train_examiner.labels([car, replace(car, look="sketch")])
+    assert numbers[:, -1].tolist() == [0, train_examiner.IGNORED]
     assert torch.equal(places, torch.tensor([[car.x, car.size]] * 2))
 
 
@@ -58,6 +59,6 @@ def test_pictures_of_another_size_are_refused() -> None:
 
 
 def test_training_runs(tmp_path: Path) -> None:
-    network = examiner.train(tmp_path, 64, 0.005, batch=16)
+    network = train_examiner.train(tmp_path, 64, 0.005, batch=16)
     pictures, drawn = held_out(8)
-    assert 0 <= examiner.test(network, pictures, drawn)["object"] <= 1
+    assert 0 <= train_examiner.score(network, pictures, drawn)["object"] <= 1

@@ -32,7 +32,8 @@ from lora_unitune.training.rare_tokens import find_rare_tokens
 
 from .. import world
 from ..world import examiner
-from ..world.pictures import PHOTOS, renders, round_trip_psnr
+from ..world.pictures import renders
+from .dataset import PHOTOS, round_trip_psnr
 
 BATCH = 16
 GALLERY = (

@@ -30,7 +30,7 @@ from transformers import CLIPTextModel
 from ...families.schedule import add_noise, stratified_timesteps, training_target
 from .. import world
 from ..world.drawing import SUNS
-from ..world.pictures import crops, photos_of_skimage, round_trip_psnr, scenes, to_pixels
+from ..world.pictures import to_pixels
 from . import evaluate
 from .assembly import (
     assemble,
@@ -42,6 +42,7 @@ from .assembly import (
     rare_words,
     save_pipeline,
 )
+from .dataset import crops, photos_of_skimage, round_trip_psnr, scenes
 from .lessons import POSES, Observer, poses_and_suns, teach_words, tokens
 from .muon import Muon
 from .provenance import commit, copy_logs, write_provenance

@@ -1,18 +1,17 @@
-"""The objects of the pocket world: a sprite sheet that ships with the package, and how it was made.
+"""The objects of the pocket world, from a sprite sheet that ships with the package.
 
 The pictures come from Noto Color Emoji (SIL Open Font License 1.1, Debian package `fonts-noto-color-emoji`).
-They are rendered once, by `python -m lora_unitune.pocket.world.sprites FONT`, so that nobody needs the font.
+They were rendered once, by `pocket/pretraining/sprite_sheet.py`, so that nobody needs the font.
 """
 
 from __future__ import annotations
 
 import colorsys
-import sys
 from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 SHEET = Path(__file__).with_name("sprites.png")
 CELL = 96  # pixels
@@ -99,22 +98,3 @@ def sprite(name: str, colour: str = "") -> Image.Image:
         cell = _recoloured(cell, name, colour)
     image = Image.fromarray((cell * 255.0 + 0.5).astype(np.uint8), "RGBA")
     return image.crop(image.getchannel("A").getbbox())
-
-
-def make_sheet(font_file: str) -> None:
-    """Renders the sprite sheet from the emoji font."""
-    font = ImageFont.truetype(font_file, 109)  # the only size that the bitmap font has
-    rows = -(-len(OBJECTS) // COLUMNS)
-    sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
-    for index, name in enumerate(OBJECTS):
-        glyph = Image.new("RGBA", (136, 128))
-        ImageDraw.Draw(glyph).text((0, 0), EMOJI[name], font=font, embedded_color=True)
-        glyph = glyph.crop(glyph.getchannel("A").getbbox())
-        glyph.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-        row, column = divmod(index, COLUMNS)
-        sheet.paste(glyph, (column * CELL + (CELL - glyph.width) // 2, row * CELL + CELL - glyph.height))
-    sheet.save(SHEET, optimize=True)
-
-
-if __name__ == "__main__":
-    make_sheet(sys.argv[1])

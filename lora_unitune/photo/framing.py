@@ -1,0 +1,92 @@
+"""The photo at its own size -> the size at which a base works on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from PIL import Image, ImageOps
+
+from lora_unitune.errors import PhotoError
+from lora_unitune.photo.reading import Photo
+from lora_unitune.settings import PhotoSettings
+
+SMALLEST_SIDE = 16  # pixels
+LARGEST_ENLARGEMENT = 4
+LONGEST_SHAPE = 2.0
+"""Of a photo that is longer than 2 : 1 the centre is used."""
+_STRETCH = math.log(1.15)
+"""Up to this much of a difference in shape a photo is fitted whole; with more, its centre is cut out."""
+_SHAPE_WEIGHT = 2.0  # how much more a difference in shape counts than one in the number of pixels
+
+
+def choose_size(
+    photo: tuple[int, int], settings: PhotoSettings, own: tuple[int, int], step: int
+) -> tuple[int, int]:
+    """Chooses the size at which a base works on a photo: whole, in its own shape, at the base's pixels.
+
+    Both sides are multiples of the base's step; among those sizes, near to the wanted number of pixels, it is
+    the one that is nearest in shape and in pixels (aspect-ratio buckets, as NovelAI described them in 2022).
+
+    Args:
+        photo: (width, height) of the photo.
+        settings: An exact size, or a number of pixels, or neither.
+        own: (width, height) that the base was trained at.
+        step: What a side must be a multiple of.
+
+    Returns:
+        (width, height) in pixels. An exact size is returned as it is; the base says whether it can.
+    """
+    if settings.exact:
+        return settings.exact
+    pixels = settings.pixels or own[0] * own[1]
+    shape = min(max(photo[0] / photo[1], 1 / LONGEST_SHAPE), LONGEST_SHAPE)
+
+    def distance(size: tuple[int, int]) -> tuple[float, int]:
+        width, height = size
+        of_shape, of_pixels = abs(math.log(width / height / shape)), abs(math.log(width * height / pixels))
+        return _SHAPE_WEIGHT * of_shape + of_pixels, width * height
+
+    sides = range(step, int(math.sqrt(2 * LONGEST_SHAPE * pixels)) + step + 1, step)
+    near = [(width, height) for width in sides for height in sides if width * height <= 1.3 * pixels]
+    return min(near or [(step, step)], key=distance)
+
+
+def frame(photo: Photo, size: tuple[int, int]) -> Photo:
+    """Brings a photo to the size at which a base works on it, with notes on what that changed.
+
+    A photo of nearly that shape is resized whole; of another, the largest part of that shape in its centre is.
+
+    Args:
+        photo: At its own size.
+        size: (width, height) in pixels.
+
+    Raises:
+        PhotoError: The photo is far too small.
+    """
+    width, height = photo.image.size
+    needed = [max(SMALLEST_SIDE, -(-side // LARGEST_ENLARGEMENT)) for side in size]
+    if width < needed[0] or height < needed[1]:
+        raise PhotoError(
+            f"{photo.source} is {width} x {height} pixels; the base works on it at {size[0]} x {size[1]} and "
+            f"needs at least {needed[0]} x {needed[1]}; give a larger photo"
+        )
+    notes = list(photo.notes)
+    stretch = math.log(width / height * size[1] / size[0])
+    if abs(stretch) > _STRETCH:
+        kept = min(width, height * size[0] / size[1]), min(height, width * size[1] / size[0])
+        used, whole, side = (kept[0], width, "width") if stretch > 0 else (kept[1], height, "height")
+        notes.append(f"only its centre is used, {used:.0f} of {whole} pixels of its {side}")
+        image = ImageOps.fit(photo.image, size, method=Image.Resampling.LANCZOS)
+    else:
+        image = photo.image.resize(size, Image.Resampling.LANCZOS)
+        if abs(stretch) > 0.04:
+            notes.append(
+                f"the base works on it at {size[0]} x {size[1]} pixels, which changes its shape by "
+                f"{100 * (math.exp(abs(stretch)) - 1):.0f} %"
+            )
+    if min(width / size[0], height / size[1]) < 1:
+        notes.append(
+            f"it is enlarged from {width} x {height} to {size[0]} x {size[1]} pixels, so it will look soft"
+        )
+    return dataclasses.replace(photo, image=image, notes=tuple(notes))
