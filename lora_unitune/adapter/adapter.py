@@ -59,7 +59,7 @@ class Adapter:
         fingerprint: Fingerprint of that base; "" for an adapter of another tool.
         photo_latents: (1, c, h, w) float32, the photo as the base encodes it; None keeps the photo out of the
             file.
-        size: (width, height) in pixels at which the base saw the photo; None where a file doesn't say it.
+        size: (width, height) in pixels at which the base saw the photo; (0, 0) where a file doesn't say it.
         seed: Seed of the fit.
         seconds: Duration of the training.
         date: Day of the fit, YYYY-MM-DD, or "".
@@ -74,7 +74,7 @@ class Adapter:
     base: str
     fingerprint: str
     photo_latents: Tensor | None
-    size: Size | None
+    size: Size
     seed: int
     seconds: float
     date: str = ""
@@ -302,10 +302,10 @@ def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str
         "architecture": f"{kind}/lora",
         "implementation": "diffusers",
         "title": adapter.title,
+        "resolution": "{}x{}".format(*adapter.size),
         "trigger_phrase": adapter.rare_tokens,
         "hash_sha256": f"0x{kohya.content_hash(tensors)}",
     }
-    entries |= {"resolution": "{}x{}".format(*adapter.size)} if adapter.size else {}
     entries |= {"date": adapter.date} if adapter.date else {}
     return {f"modelspec.{key}": value for key, value in entries.items()}
 

@@ -199,9 +199,10 @@ def _effects(base: Base, adapter: Adapter, layers: list[Layer]) -> list[Tensor]:
 
 def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, str]:
     """Returns the photo (nothing, if the file doesn't hold it), noised to ten levels, their times, and a prompt."""
-    schedule = base.schedule(adapter.size)
+    size = adapter.size if all(adapter.size) else base.size
+    schedule = base.schedule(size)
     index = torch.arange(_PROBES) * (len(schedule) // _PROBES) + len(schedule) // (2 * _PROBES)
-    shape = (_PROBES, *base.sample_shape(adapter.size))
+    shape = (_PROBES, *base.sample_shape(size))
     clean = torch.zeros(shape) if adapter.photo_latents is None else adapter.photo_latents.expand(shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return schedule.add_noise(clean, noise, index), schedule.timesteps[index], adapter.rare_tokens

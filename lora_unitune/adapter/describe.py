@@ -35,7 +35,7 @@ def describe(place: str | Path) -> dict[str, Any]:
         "path": str(place),
         "format_version": content.version,
         **{key: value for key, value in content.values.items() if key != "recipe"},
-        "size": list(size) if size else None,
+        "size": list(size) if all(size) else None,
         "method": recipe.fit.method,
         "ranks": {part: each.rank for part, each in settings.items()},
         "targets": {part: list(each.targets) for part, each in settings.items() if each.rank},

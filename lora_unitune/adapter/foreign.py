@@ -68,7 +68,7 @@ def foreign_values(
     values = {
         **dict.fromkeys(("fingerprint", "rare_tokens", "date", "photo_digest"), ""),
         **dict.fromkeys(("seed", "seconds"), 0),
-        "size": None,
+        "size": (0, 0),
         "family": family.name,
         "base": "unknown",
         "recipe": recipe,
