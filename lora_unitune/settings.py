@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -185,12 +186,19 @@ def kind_of(section: type[Section], name: str, key: str) -> Any:
     Raises:
         RecipeError: the section has no such setting.
     """
-    kinds = {setting.name: get_type_hints(section)[setting.name] for setting in dataclasses.fields(section)}
+    kinds = _kinds(section)
     if key not in kinds:
         raise RecipeError(
             f"unknown setting {key!r} of {name}{nearest(key, kinds)}; it has {', '.join(kinds)}"
         )
     return kinds[key]
+
+
+@functools.cache
+def _kinds(section: type[Section]) -> dict[str, Any]:
+    """Returns the types of a section's settings."""
+    hints = get_type_hints(section)
+    return {setting.name: hints[setting.name] for setting in dataclasses.fields(section)}
 
 
 def make_section(kind: type[S], name: str, values: Mapping[str, Any], before: S | None = None) -> S:

@@ -1,50 +1,47 @@
-"""The one file people share: save, load, describe and check an adapter.
+"""The one file people share: an adapter as a value, which loads and saves itself.
 
 The file is safetensors. Its keys and its "lora_adapter_metadata" are those of diffusers' `save_lora_weights`,
 so a plain pipeline loads it; a second header entry, "lora_unitune", holds what an edit needs besides.
-It can be written in kohya's layout too, for ComfyUI and A1111.
+It can be written in kohya's layout too, for ComfyUI and A1111. docs/file-format.md has all of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_unitune.adapter import kohya
-from lora_unitune.adapter.checks import damaged, lora_settings, shown
+from lora_unitune.adapter import hub, kohya
+from lora_unitune.adapter.checks import shown
 from lora_unitune.adapter.header import (
     FORMAT_VERSION,
     METADATA_CHECKS,
     METADATA_KEY,
+    OPTIONAL_CHECKS,
     PHOTO_KEY,
     RANKS_KEY,
-    photo_text,
+    Content,
+    is_line,
+    open_source,
     read_content,
 )
 from lora_unitune.adapter.int8 import WHOLE, pack, unpack
+from lora_unitune.adapter.source import Source
 from lora_unitune.errors import AdapterFileError, SettingError
-from lora_unitune.families import PARTS, Base
+from lora_unitune.families import FAMILIES, Base, Family, Size
 from lora_unitune.output import write_atomically
 from lora_unitune.recipe import Recipe
 
 Layout = Literal["diffusers", "kohya"]
-_BASES = {
-    768: ("sd_v1", "stable-diffusion-v1"),
-    1024: ("sd_v2", "stable-diffusion-v2-512"),
-    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-}
-"""Width of a base's text embeddings -> its name in kohya's header and in ModelSpec."""
 
 _DIFFUSERS_ENTRIES = ("r", "lora_alpha", "target_modules", "use_rslora")
 
@@ -54,20 +51,21 @@ class Adapter:
     """What a fit learned about one photo, and everything an edit has to know about it; holds no model.
 
     Attributes:
-        tensors: by "<part>.<module>.lora_A.weight" and "...lora_B.weight" (method "lora"), or by
+        tensors: By "<part>.<module>.lora_A.weight" and "...lora_B.weight" (method "lora"), or by
             "<part>.<parameter>" (method "full"); float32, on the CPU.
-        rare_tokens: the words that stand for the photo.
-        recipe: every setting of the fit, and the defaults of its edits.
-        base: name of the base it was fitted on, as the user gave it.
-        fingerprint: of that base.
-        photo_latents: (1, c, h, w) float32, mean of the VAE's posterior, scaled; None keeps the photo
-            out of the file.
-        resolution: side of the fitted photo in pixels.
-        seed: of the fit.
-        seconds: the training took.
-        date: day of the fit, YYYY-MM-DD, or "".
-        family: kind of the base, "sd" or "sdxl".
-        format_version: of the file.
+        rare_tokens: The words that stand for the photo.
+        recipe: Every setting of the fit, and the defaults of its edits.
+        base: Name of the base it was fitted on, as the user gave it.
+        fingerprint: Fingerprint of that base; "" for an adapter of another tool.
+        photo_latents: (1, c, h, w) float32, the photo as the base encodes it; None keeps the photo out of the
+            file.
+        size: (width, height) in pixels at which the base saw the photo; (0, 0) where a file doesn't say it.
+        seed: Seed of the fit.
+        seconds: Duration of the training.
+        date: Day of the fit, YYYY-MM-DD, or "".
+        family: Name of the base's kind in the table of families.
+        photo_digest: 32 hexadecimal digits of the photo's upright sRGB pixels, or "".
+        history: Losses of the fit, step by step; not in the file.
     """
 
     tensors: dict[str, Tensor]
@@ -76,12 +74,30 @@ class Adapter:
     base: str
     fingerprint: str
     photo_latents: Tensor | None
-    resolution: int
+    size: Size
     seed: int
     seconds: float
     date: str = ""
-    family: str = "sd"
-    format_version: int = FORMAT_VERSION
+    family: str = next(iter(FAMILIES))
+    photo_digest: str = ""
+    history: tuple[float, ...] = ()
+
+    @classmethod
+    def load(cls, place: str | Path, trigger: str = "") -> Adapter:
+        """Opens an adapter, whatever its layout; only safetensors, never a pickle.
+
+        Args:
+            place: Path of a file in diffusers' or kohya's layout, of this package or another tool, or of a
+                folder of PEFT's; or "hub://owner/name", with "/file.safetensors" where there are several.
+            trigger: The words that call its subject; needed for a file of another tool, which doesn't say
+                them.
+
+        Raises:
+            AdapterFileError: It isn't there, isn't an adapter, is damaged, or has the wrong tensors.
+            SettingError: It is no address on the hub, or names a repository with several files.
+            HubError: The hub can't be reached, or has no such file.
+        """
+        return read(open_source(place), trigger)
 
     def save(
         self,
@@ -93,15 +109,15 @@ class Adapter:
         """Writes the adapter file: all of it, or nothing.
 
         Args:
-            path: of the file.
-            overwrite: whether a file that is there may be replaced.
-            dtype: number format of the tensors in the file; int8 (with scales) is read by this package only.
+            path: Path of the file.
+            overwrite: Whether a file that is there may be replaced.
+            dtype: Number format of the tensors in the file; int8 (with scales) is read by this package only.
             layout: "diffusers", or "kohya" for ComfyUI, A1111 and kohya's scripts.
 
         Raises:
-            OutputError: the file is there already, or can't be written.
-            AdapterFileError: a tensor has values that `dtype` can't hold.
-            SettingError: the adapter is of method "full", which other tools have no layout for, or `dtype` is
+            OutputError: The file is there already, or can't be written.
+            AdapterFileError: A tensor has values that `dtype` can't hold.
+            SettingError: The adapter is of method "full", which other tools have no layout for, or `dtype` is
                 int8 and the layout or the method doesn't go with it.
         """
         if dtype == torch.int8 and (layout != "diffusers" or self.recipe.fit.method != "lora"):
@@ -122,14 +138,76 @@ class Adapter:
             metadata |= {METADATA_KEY: self.header(), **_modelspec(self, tensors)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata), overwrite)
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        name: str = "adapter.safetensors",
+        license: str = "other",
+        pictures: Sequence[str | Path] = (),
+        private: bool = False,
+        dry_run: bool = False,
+    ) -> hub.Upload:
+        """Uploads the adapter with a model card to the Hugging Face hub, as the user is logged in there.
+
+        Args:
+            repo: owner/name on the hub.
+            name: Name of the file in the repository.
+            license: Its identifier there, such as "cc-by-4.0".
+            pictures: Paths of up to two PNGs to show in the card.
+            private: Whether only its owner sees a new repository.
+            dry_run: Whether nothing is sent.
+
+        Returns:
+            What was sent, or would be.
+
+        Raises:
+            SettingError: A name, the license or the pictures can't be used.
+            HubError: The hub can't be reached, or refuses.
+        """
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise SettingError(f"name = {name!r} isn't allowed; give one such as adapter.safetensors")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            self.save(path)
+            upload = hub.prepare_push(path, repo, license=license, pictures=pictures, private=private)
+        return upload if dry_run else replace(upload, url=hub.push(upload))
+
     @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits that change with the tensors (as float16); a saved copy has the same."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for key, tensor in sorted(self._file_tensors(torch.float16).items()):
-            found.update(key.encode())
-            found.update(tensor.numpy().tobytes())
-        return found.hexdigest()[:16]
+            digest.update(key.encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def kind(self) -> Family:
+        """The row of its family."""
+        return FAMILIES[self.family]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a base of its family that can be adapted."""
+        return tuple(self.kind.parts)
+
+    @property
+    def title(self) -> str:
+        """What a list of models shows."""
+        return f"{self.rare_tokens}: one photo, on {self.base}".removeprefix(": ")
+
+    def scale_of(self, part: str) -> float:
+        """Returns alpha / rank, what the product of a layer's two matrices is multiplied by."""
+        settings = self.recipe.lora.get(part)
+        return settings.scale if settings else 0.0
+
+    def header(self) -> str:
+        """Returns what the file's "lora_unitune" entry says, as JSON."""
+        own = {"recipe": self.recipe.to_dict(), "format_version": FORMAT_VERSION}
+        values = own | {name: getattr(self, name) for name in METADATA_CHECKS if name not in own}
+        values |= {name: getattr(self, name) for name in OPTIONAL_CHECKS if getattr(self, name)}
+        return json.dumps(values, sort_keys=True)
 
     def _as_kohya(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns tensors under kohya's names, with alphas, and the header entries that belong to them."""
@@ -137,42 +215,22 @@ class Adapter:
             raise SettingError("an adapter of method 'full' has no kohya layout; fit the photo with 'lora'")
         photo = tensors.pop(PHOTO_KEY, None)
         lora = self.recipe.lora
-        ranks = {part: lora_settings(lora, part).rank for part in self.parts}
-        filled, lower = kohya.filled_up(tensors, ranks)
-        renamed = kohya.to_kohya(filled, {part: self.scale_of(part) for part in self.parts}, self.family)
-        version, _ = self._known_base or _BASES[768]
-        entries = kohya.header(renamed, lora.unet_rank, lora.unet_alpha, self.title, version)
-        entries |= {} if photo is None else {PHOTO_KEY: photo_text(photo)}
+        padded, lower = kohya.zero_padded(tensors, {part: settings.rank for part, settings in lora.items()})
+        scales = {part: settings.scale for part, settings in lora.items()}
+        renamed = kohya.to_kohya(padded, scales, self.kind)
+        version, _ = self._known_base or next(iter(self.kind.names.kinds.values()), ("", ""))
+        denoiser = lora[self.kind.denoiser]
+        alpha = denoiser.alpha or denoiser.rank
+        entries = kohya.header(renamed, denoiser.rank, alpha, self.title, version)
+        entries |= {} if photo is None else {PHOTO_KEY: kohya.photo_text(photo)}
         return renamed, entries | ({RANKS_KEY: json.dumps(lower, sort_keys=True)} if lower else {})
-
-    def header(self) -> str:
-        """Returns what the file's "lora_unitune" entry says, as JSON."""
-        values = {name: getattr(self, name) for name in METADATA_CHECKS}
-        values |= {"recipe": self.recipe.to_dict()} | ({"date": self.date} if self.date else {})
-        return json.dumps(values, sort_keys=True)
-
-    def scale_of(self, part: str) -> float:
-        """Returns alpha / rank, what the product of a layer's two matrices is multiplied by."""
-        settings = lora_settings(self.recipe.lora, part)
-        return float(settings.alpha / settings.rank) if settings.rank else 0.0
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of a base of its family that can be adapted."""
-        return PARTS[self.family]
 
     @property
     def _known_base(self) -> tuple[str, str] | None:
-        """The names of the base's kind in other tools, by the width of its text embeddings."""
-        if self.family == "sdxl":
-            return _BASES[2048]
-        widths = {t.shape[1] for key, t in self.tensors.items() if key.endswith("attn2.to_k.lora_A.weight")}
-        return _BASES.get(next(iter(widths))) if len(widths) == 1 else None
-
-    @property
-    def title(self) -> str:
-        """What a list of models shows."""
-        return f"{self.rare_tokens}: one photo, on {self.base}".removeprefix(": ")
+        """The names of the base's kind in other tools: seen in the tensors, or the family's only one."""
+        names = self.kind.names
+        only = next(iter(names.kinds.values())) if len(names.kinds) == 1 else None
+        return names.kind_of({key: tuple(tensor.shape) for key, tensor in self.tensors.items()}) or only
 
     def _file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns the tensors as a file holds them, the photo's latents among them."""
@@ -180,83 +238,52 @@ class Adapter:
         tensors = {**self.tensors, **photo}
         return {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
 
-    @classmethod
-    def load(cls, path: str | Path) -> Adapter:
-        """Reads an adapter file; only safetensors, never a pickle.
 
-        Args:
-            path: of the file.
-
-        Raises:
-            AdapterFileError: it isn't there, isn't an adapter file, is damaged, or has the wrong tensors.
-        """
-        content = read_content(path)
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                tensors = {key: file.get_tensor(name).float() for key, name in content.keys.items()}
-        except (OSError, SafetensorError) as error:
-            raise damaged(path, error) from error
-        _check_finite(str(path), tensors)
-        photo_latents = tensors.pop(PHOTO_KEY, content.photo)
-        if content.eight_bit:
-            tensors = unpack(tensors)
-        for layer, factor in content.factors.items():
-            tensors[f"{layer}.lora_B.weight"] *= factor
-        for layer, rank in content.ranks.items():
-            tensors[f"{layer}.lora_A.weight"] = tensors[f"{layer}.lora_A.weight"][:rank].contiguous()
-            tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"][:, :rank].contiguous()
-        return cls(tensors=tensors, photo_latents=photo_latents, **content.values)
-
-
-def describe(path: str | Path) -> dict[str, Any]:
-    """Tells what is in an adapter file, from its header alone.
+def read(source: Source, trigger: str = "") -> Adapter:
+    """Reads an adapter's tensors, after all of its header has been checked.
 
     Args:
-        path: of the file.
-
-    Returns:
-        Values that JSON can hold; "ranks" and "targets" are by part, and empty for method "full".
+        source: Where it lies.
+        trigger: The words that call its subject; empty takes what the header says.
 
     Raises:
-        AdapterFileError: it isn't there, isn't an adapter file, or has the wrong tensors.
+        AdapterFileError: It isn't an adapter, is damaged, or has the wrong tensors.
+        SettingError: The trigger isn't a line of words.
     """
-    content = read_content(path)
-    recipe: Recipe = content.values["recipe"]
-    is_lora = recipe.fit.method == "lora"
-    parts = PARTS[content.values["family"]]
-    settings = {part: lora_settings(recipe.lora, part) for part in parts} if is_lora else {}
-    weights = {key: shape for key, shape in content.shapes.items() if key != PHOTO_KEY}
-    embedded = PHOTO_KEY in content.shapes or content.photo is not None
-    return {
-        "path": str(path),
-        **{key: value for key, value in content.values.items() if key != "recipe"},
-        "method": recipe.fit.method,
-        "ranks": {part: each.rank for part, each in settings.items()},
-        "targets": {part: list(each.targets) for part, each in settings.items() if each.rank},
-        "steps": recipe.fit.steps,
-        "photo_embedded": embedded,
-        "tensors": len(weights),
-        "parameters": sum(math.prod(shape) for shape in weights.values()),
-        "bytes": Path(path).stat().st_size,
-        "privacy": _privacy(content.values, embedded),
-        "recipe": recipe.to_dict(),
-    }
+    words = " ".join(trigger.split())
+    if words and not is_line(words):
+        raise SettingError(f"trigger = {trigger[:80]!r} isn't allowed; give one line of words")
+    content = read_content(source)
+    found = source.tensors(content.keys.values())
+    tensors = {key: found[name].float() for key, name in content.keys.items()}
+    photo_latents = tensors.pop(PHOTO_KEY, _photo_of(content))
+    photo = {} if photo_latents is None else {PHOTO_KEY: photo_latents}
+    _check_finite(source.name, {**tensors, **photo})
+    if content.eight_bit:
+        tensors = unpack(tensors)
+    for layer, factor in content.factors.items():
+        tensors[f"{layer}.lora_B.weight"] *= factor
+    for layer, rank in content.ranks.items():
+        tensors[f"{layer}.lora_A.weight"] = tensors[f"{layer}.lora_A.weight"][:rank].contiguous()
+        tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"][:, :rank].contiguous()
+    values = content.values | ({"rare_tokens": words} if words else {})
+    return Adapter(tensors=tensors, photo_latents=photo_latents, **values)
 
 
-def _privacy(values: Mapping[str, Any], embedded: bool) -> str:
-    """Says what a file tells about the person and the machine that made it."""
-    told = [f"the base's name {values['base']!r}"]
-    told += [f"the day of the fit {values['date']}"] if values.get("date") else []
-    told += ["its settings, seed and seconds"] if values["seconds"] else []
-    told += ["the photo in the base's latents"] if embedded else []
-    return f"this file can redraw its photo; it also holds {', '.join(told)} (see strip)"
+def _photo_of(content: Content) -> Tensor | None:
+    """Returns the photo's latents out of the header."""
+    if content.photo is None:
+        return None
+    shape, number_format, values = content.photo
+    dtype = {"float16": torch.float16, "float32": torch.float32}[number_format]
+    return torch.frombuffer(bytearray(values), dtype=dtype).reshape(shape).float()
 
 
 def check_fits(adapter: Adapter, base: Base) -> None:
     """Checks that an adapter was made for a base.
 
     Raises:
-        AdapterFileError: it was made for another.
+        AdapterFileError: It was made for another.
     """
     if not adapter.fingerprint:
         return  # of another tool, which didn't say; its tensors' names and shapes are checked all the same
@@ -275,7 +302,7 @@ def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str
         "architecture": f"{kind}/lora",
         "implementation": "diffusers",
         "title": adapter.title,
-        "resolution": f"{adapter.resolution}x{adapter.resolution}",
+        "resolution": "{}x{}".format(*adapter.size),
         "trigger_phrase": adapter.rare_tokens,
         "hash_sha256": f"0x{kohya.content_hash(tensors)}",
     }
@@ -292,16 +319,15 @@ def _diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
     from lora_unitune.adapter.layers import lora_config, patterns
 
     metadata: dict[str, Any] = {}
-    for part in adapter.parts:
-        rank = lora_settings(adapter.recipe.lora, part).rank
-        if not rank:
+    for part, settings in adapter.recipe.lora.items():
+        if not settings.rank:
             continue
-        config = lora_config(part, adapter.recipe.lora).to_dict()
+        config = lora_config(settings).to_dict()
         for key in _DIFFUSERS_ENTRIES:
             value = config[key]
             metadata[f"{part}.{key}"] = sorted(value) if isinstance(value, (set, tuple)) else value
-        found = patterns(adapter.tensors, adapter.recipe.lora, part)
-        metadata |= {f"{part}.{key}": value for key, value in found.items()}
+        lower = patterns(adapter.tensors, settings, part)
+        metadata |= {f"{part}.{key}": value for key, value in lower.items()}
     return metadata
 
 

@@ -6,15 +6,19 @@ from collections import OrderedDict
 from pathlib import Path
 
 from lora_unitune.adapter.adapter import Adapter
-from lora_unitune.adapter.convert import open_adapter
+from lora_unitune.adapter.header import locate
 from lora_unitune.errors import AdapterFileError
 
 
 class AdapterCache:
-    """Opens adapter files; one that was opened before and hasn't changed since isn't read again."""
+    """Opens adapters; a file that was opened before and hasn't changed since isn't read again."""
 
     def __init__(self, budget: int) -> None:
-        """Takes how many bytes of tensors may stay in memory; 0 keeps nothing."""
+        """Makes an empty cache.
+
+        Args:
+            budget: Bytes of tensors that may stay in memory; 0 keeps nothing.
+        """
         self.budget = budget
         self._kept: OrderedDict[tuple[str, str, int, int], Adapter] = OrderedDict()
 
@@ -23,25 +27,27 @@ class AdapterCache:
         """Bytes of the tensors that are kept."""
         return sum(_bytes(adapter) for adapter in self._kept.values())
 
-    def open(self, path: str | Path, tokens: str = "") -> Adapter:
-        """Opens an adapter in any layout, as `convert.open_adapter` does.
+    def open(self, place: str | Path, trigger: str = "") -> Adapter:
+        """Opens an adapter, as `Adapter.load` does.
 
         Args:
-            path: of the file or the folder.
-            tokens: the words that call its subject, where the file doesn't say them.
+            place: Path of a file or a folder, or an address on the hub.
+            trigger: The words that call its subject, where the file doesn't say them.
 
         Raises:
-            AdapterFileError: it can't be read, or isn't an adapter.
+            AdapterFileError: It can't be read, or isn't an adapter.
+            SettingError: It is no address on the hub, or names a repository with several files.
+            HubError: The hub can't be reached, or has no such file.
         """
-        place = Path(path)
+        path = locate(place)
         try:
-            state = place.stat()
+            state = path.stat()
         except (OSError, ValueError):
-            raise AdapterFileError(f"{path} doesn't exist; give the path of an adapter file") from None
-        if place.is_dir():  # whose own date doesn't tell of changes in its files
-            return open_adapter(place, tokens)
-        key = (str(place.resolve()), tokens, state.st_mtime_ns, state.st_size)
-        adapter = self._kept.pop(key, None) or open_adapter(place, tokens)
+            raise AdapterFileError(f"{place} doesn't exist; give the path of an adapter file") from None
+        if path.is_dir():  # whose own date says nothing of changes in its files
+            return Adapter.load(path, trigger)
+        key = (str(path.resolve()), trigger, state.st_mtime_ns, state.st_size)
+        adapter = self._kept.pop(key, None) or Adapter.load(path, trigger)
         self._kept[key] = adapter
         size = self.size
         while size > self.budget:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_unitune.adapter.adapter import describe
-from lora_unitune.errors import HubError, SettingError
-from lora_unitune.families import one_line
+from lora_unitune.adapter.describe import describe
+from lora_unitune.errors import AdapterFileError, HubError, SettingError, one_line
 
 SCHEME = "hub://"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}", re.ASCII)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}", re.ASCII)
 _MOST_PICTURES = 2
 _LARGEST_FILE = 2**30  # bytes
 _ASK = "check its name, the network, and `hf auth login`"
@@ -27,67 +26,73 @@ class Upload:
 
     Attributes:
         repo: owner/name.
-        card: the README.md of the model, Markdown with a YAML head.
-        files: name in the repository -> the local file.
-        private: whether only its owner sees a new repository.
+        card: The README.md of the model, Markdown with a YAML head.
+        files: Name in the repository -> content.
+        private: Whether only its owner sees a new repository.
+        url: Address of the commit, once it is pushed.
     """
 
     repo: str
     card: str
-    files: dict[str, Path]
+    files: dict[str, bytes]
     private: bool
+    url: str = ""
 
 
 def prepare_push(
     path: str | Path,
     repo: str,
     *,
-    licence: str = "other",
+    license: str = "other",
     pictures: Sequence[str | Path] = (),
     private: bool = False,
 ) -> Upload:
     """Puts together what a push would send; nothing leaves the machine.
 
     Args:
-        path: of an adapter file.
+        path: Path of an adapter file.
         repo: owner/name on the hub.
-        licence: its identifier there, such as "cc-by-4.0".
-        pictures: up to two PNGs to show in the card.
-        private: whether only its owner sees a new repository.
+        license: Its identifier there, such as "cc-by-4.0".
+        pictures: Paths of up to two PNGs to show in the card.
+        private: Whether only its owner sees a new repository.
 
     Raises:
-        SettingError: the name, the licence or the pictures can't be used.
-        AdapterFileError: the file isn't an adapter that this package wrote.
+        SettingError: The name, the license or the pictures can't be used.
+        AdapterFileError: The file isn't an adapter that this package wrote.
     """
     if not _REPO.fullmatch(repo.removeprefix(SCHEME)):
         raise SettingError(f"{repo!r} isn't the name of a repository; give owner/name")
-    if not _LICENCE.fullmatch(licence):
-        raise SettingError(f"licence {licence!r} isn't an identifier of the hub; give one such as cc-by-4.0")
+    if not _LICENSE.fullmatch(license):
+        raise SettingError(
+            f"license = {license!r} isn't an identifier of the hub; give one such as cc-by-4.0"
+        )
     if len(pictures) > _MOST_PICTURES:
-        raise SettingError(f"{len(pictures)} pictures are given; a card shows up to {_MOST_PICTURES}")
+        raise SettingError(f"there are {len(pictures)} pictures; a card shows up to {_MOST_PICTURES}")
     described = describe(path)
     if not described["rare_tokens"]:
         raise SettingError(f"{path} doesn't say its rare tokens; push a file that lora-unitune fitted")
-    files = {Path(path).name: Path(path)}
+    if not Path(path).is_file():
+        raise AdapterFileError(f"{path} isn't one file; convert it to diffusers' layout and push that")
+    files = {Path(path).name: Path(path).read_bytes()}
     for number, picture in enumerate(pictures, 1):
         if Path(picture).suffix.lower() != ".png" or not Path(picture).is_file():
             raise SettingError(f"picture {picture} isn't a PNG file; give one that edit wrote")
-        files[f"sample-{number}.png"] = Path(picture)
+        files[f"sample-{number}.png"] = Path(picture).read_bytes()
     repo = repo.removeprefix(SCHEME)
-    return Upload(repo, model_card(described, repo, licence, [*files][1:]), files, private)
+    return Upload(repo, model_card(described, repo, license, [*files][1:]), files, private)
 
 
-def model_card(described: dict[str, Any], repo: str, licence: str, pictures: Sequence[str]) -> str:
+def model_card(described: dict[str, Any], repo: str, license: str, pictures: Sequence[str]) -> str:
     """Returns an adapter's model card.
 
     Args:
-        described: as `adapter_file.describe` returns it.
+        described: What `describe` says of it.
         repo: owner/name.
-        licence: its identifier on the hub.
-        pictures: names of the sample pictures in the repository.
+        license: Its identifier on the hub.
+        pictures: Names of the sample pictures in the repository.
     """
     base, tokens, name = described["base"], described["rare_tokens"], Path(described["path"]).name
-    head = [f"license: {licence}", "library_name: diffusers", "tags: [lora, text-to-image, lora-unitune]"]
+    head = [f"license: {license}", "library_name: diffusers", "tags: [lora, text-to-image, lora-unitune]"]
     head += [f"instance_prompt: {json.dumps(tokens)}"]
     head += [f"base_model: {json.dumps(base)}"] if _REPO.fullmatch(base) else []
     fit = described["recipe"]["fit"]
@@ -101,7 +106,7 @@ def model_card(described: dict[str, Any], repo: str, licence: str, pictures: Seq
         f"| trigger phrase | `{_cell(tokens)}` |",
         f"| base | `{_cell(base)}`, fingerprint `{_cell(described['fingerprint'])}` |",
         f"| method | {described['method']}, rank {ranks or 'full'}, {fit['steps']} steps |",
-        f"| resolution | {described['resolution']} pixels |",
+        f"| resolution | {'x'.join(map(str, described['size']))} pixels |",
         f"| size | {described['bytes']} bytes |",
         "",
         "```",
@@ -126,13 +131,12 @@ def push(upload: Upload) -> str:
     """Creates the repository if it isn't there, and sends everything in one commit; returns its address.
 
     Raises:
-        HubError: the hub can't be reached, or refuses.
+        HubError: The hub can't be reached, or refuses.
     """
     from huggingface_hub import CommitOperationAdd
 
     api = _client()
-    contents = {name: path.read_bytes() for name, path in upload.files.items()}
-    contents["README.md"] = upload.card.encode()
+    contents = {**upload.files, "README.md": upload.card.encode()}
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     try:
         api.create_repo(upload.repo, private=upload.private, exist_ok=True)
@@ -149,8 +153,8 @@ def download(address: str) -> Path:
         address: "hub://owner/name", or "hub://owner/name/file.safetensors" where there are several.
 
     Raises:
-        SettingError: that isn't an address, or the repository has several files.
-        HubError: the hub can't be reached, or the repository has no adapter of a size that can be one.
+        SettingError: That isn't an address, or the repository has several files.
+        HubError: The hub can't be reached, or the repository has no adapter of a size that can be one.
     """
     owner, _, rest = address.removeprefix(SCHEME).partition("/")
     name, _, wanted = rest.partition("/")

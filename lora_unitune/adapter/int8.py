@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WHOLE = ".int8"
 """What such a matrix's name ends with in a file, instead of ".weight"; so no other tool misreads it."""
@@ -17,12 +18,16 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns each matrix as int8, and all scales in one tensor; packing again what was unpacked is exact.
 
     Args:
-        tensors: by "<part>.<module>.lora_A.weight" (rank, in, ...) and "...lora_B.weight" (out, rank, ...).
+        tensors: Matrices by "<part>.<module>.lora_A.weight" (rank, in, ...) and "...lora_B.weight"
+            (out, rank, ...).
 
     Returns:
         The matrices by the same names, and float16 scales (ranks of all matrices,) in the order of the names.
     """
-    packed, scales = dict[str, Tensor](), list[Tensor]()
+    import torch
+
+    packed: dict[str, Tensor] = {}
+    scales: list[Tensor] = []
     for key, tensor in sorted(tensors.items()):
         others = [dimension for dimension in range(tensor.ndim) if dimension != rank_axis(key)]
         scale = (tensor.float().abs().amax(others) / 127).clamp(min=2.0**-24).half()

@@ -1,0 +1,137 @@
+"""Folders as PEFT writes them: one with its weights and its configuration for each part of the base."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from lora_unitune.adapter.source import Entry, Source, read_file
+from lora_unitune.errors import AdapterFileError, OutputError, SettingError, one_line
+from lora_unitune.families import FAMILIES
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_unitune.adapter.adapter import Adapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+REST = "lora_unitune.safetensors"
+"""Name of the file with this package's header and the photo."""
+
+_PREFIX = "base_model.model."
+_LARGEST_CONFIG = 2**20  # bytes
+_AGAIN = "give a folder that PEFT or lora-unitune wrote"
+
+
+def read_folder(folder: Path) -> Source:
+    """Reads the headers of a folder's files; its configurations become diffusers' entry of a header.
+
+    Args:
+        folder: With a folder for each part, or with the files of the denoiser alone.
+
+    Raises:
+        AdapterFileError: A file is missing, or can't be read.
+    """
+    known = list(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
+    parts = {part: folder / part for part in known if (folder / part / CONFIG).is_file()}
+    denoiser = next(iter(FAMILIES.values())).denoiser
+    if not parts and (folder / CONFIG).is_file():
+        parts = {denoiser: folder}
+    if not parts:
+        raise AdapterFileError(f"{folder} has no {CONFIG} in it, nor in a folder {denoiser} of it; {_AGAIN}")
+    entries: dict[str, Entry] = {}
+    config: dict[str, Any] = {}
+    size = 0
+    for part, place in parts.items():
+        weights = read_file(place / WEIGHTS, str(place / WEIGHTS))
+        entries |= {f"{part}.{key.removeprefix(_PREFIX)}": entry for key, entry in weights.entries.items()}
+        config |= {f"{part}.{key}": value for key, value in _config_of(place / CONFIG).items()}
+        size += weights.bytes + (place / CONFIG).stat().st_size
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    if (folder / REST).is_file():
+        rest = read_file(folder / REST, str(folder / REST))
+        entries |= rest.entries
+        metadata |= rest.metadata
+        size += rest.bytes
+    return Source(str(folder), entries, metadata, size)
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """Returns a part's configuration, whatever it says."""
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError("larger than a megabyte")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} can't be read ({one_line(error)}); {_AGAIN}") from error
+    return config
+
+
+def write_folder(adapter: Adapter, folder: Path, dtype: torch.dtype, overwrite: bool) -> None:
+    """Writes a folder that `PeftModel.from_pretrained` reads part by part: all of it, or nothing.
+
+    Args:
+        adapter: Of method "lora".
+        folder: Path of the folder.
+        dtype: Number format of the tensors in its files.
+        overwrite: Whether an adapter's folder that is there may be replaced.
+
+    Raises:
+        SettingError: The adapter's method is "full".
+        OutputError: The folder is there already, or can't be written.
+    """
+    if adapter.recipe.fit.method != "lora":
+        raise SettingError("an adapter of method 'full' has no PEFT layout; fit the photo with 'lora'")
+    if folder.exists() and not (overwrite and (folder / adapter.kind.denoiser / CONFIG).is_file()):
+        raise OutputError(f"{folder} is there already; choose another name or allow it with overwrite=True")
+    if not folder.parent.is_dir():
+        raise OutputError(f"{folder} can't be written: there is no folder {folder.parent}; create it first")
+    temporary = folder.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        _write_files(adapter, temporary, dtype)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{folder} can't be written ({error}); choose another place or make room"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a new folder's files."""
+    from safetensors.torch import save_file
+
+    from lora_unitune.adapter.header import METADATA_KEY, PHOTO_KEY
+
+    for part in adapter.parts:
+        tensors = {
+            f"{_PREFIX}{key.removeprefix(f'{part}.')}": tensor.to(dtype).contiguous()
+            for key, tensor in adapter.tensors.items()
+            if key.startswith(f"{part}.")
+        }
+        if tensors:
+            (folder / part).mkdir(parents=True)
+            save_file(tensors, folder / part / WEIGHTS, {"format": "pt"})
+            (folder / part / CONFIG).write_text(json.dumps(_peft_config(adapter, part), indent=1))
+    if adapter.fingerprint:
+        photo = {} if adapter.photo_latents is None else {PHOTO_KEY: adapter.photo_latents.to(dtype)}
+        save_file(photo, folder / REST, {METADATA_KEY: adapter.header()})
+
+
+def _peft_config(adapter: Adapter, part: str) -> dict[str, Any]:
+    """Returns a part's configuration as JSON can hold it."""
+    from lora_unitune.adapter.layers import lora_config, patterns
+
+    settings = adapter.recipe.lora[part]
+    config = lora_config(settings).to_dict() | patterns(adapter.tensors, settings, part)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
