@@ -31,7 +31,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} isn't a file; give the path of a file to write")
         if path.exists() and not overwrite:
-            raise OutputError(f"{path} is there already; choose another name or allow it with --overwrite")
+            raise OutputError(f"{path} is there already; choose another name or pass overwrite=True")
         if not path.parent.is_dir():
             raise OutputError(f"{path} can't be written: there is no folder {path.parent}; create it first")
         if not os.access(path.parent, os.W_OK | os.X_OK):

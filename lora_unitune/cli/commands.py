@@ -16,16 +16,23 @@ from lora_unitune.cli.files import (
     push_command,
     strip_command,
 )
-from lora_unitune.cli.terminal import (
-    Commands,
+from lora_unitune.cli.options import (
+    FILE,
+    FOLDER,
+    adapter_argument,
     base_option,
+    device_option,
+    fit_base_option,
     json_option,
+    output_option,
     overwrite_option,
-    print_notes,
-    progress,
-    shown,
-    size,
+    recipe_option,
+    seed_option,
+    set_option,
+    settings_options,
 )
+from lora_unitune.cli.terminal import Commands, bytes_text, print_notes, progress, shown, writing
+from lora_unitune.settings import EditSettings, FitSettings
 
 if TYPE_CHECKING:
     from lora_unitune import Adapter, Edit
@@ -43,6 +50,8 @@ def main() -> None:
       lora-unitune edit photo.safetensors "a fox at night" -o out.png
       lora-unitune inspect photo.safetensors
       lora-unitune convert photo.safetensors --to kohya -o photo-comfyui.safetensors
+
+    For completion in bash (or zsh, or fish): eval "$(_LORA_UNITUNE_COMPLETE=bash_source lora-unitune)"
     """
 
 
@@ -52,57 +61,31 @@ for _command in (inspect_command, convert_command, strip_command, compress_comma
 
 def _png_name(ctx: click.Context, option: click.Parameter, value: str) -> str:
     if not value.lower().endswith(".png"):
-        raise click.BadParameter(f"{value!r} has to end in .png, which holds the settings too.")
+        raise click.BadParameter(f"{value!r} has to end in .png; a PNG holds the settings too.")
     return value
 
 
-_device = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute; auto takes a GPU if there is one.",
-)
-_seed = click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Seed of all noise.",
-)
-_set = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one setting of the recipe, such as fit.steps=50; may be given again.",
-)
-
-
 @main.command("fit")
-@click.argument("photo", metavar="PHOTO")
+@click.argument("photo", metavar="PHOTO", type=FILE)
+@output_option("FILE", "The adapter file to write (.safetensors).")
+@fit_base_option
+@recipe_option
+@set_option
+@settings_options(FitSettings, ["method"])
 @click.option(
-    "-o", "--output", required=True, metavar="FILE", help="The adapter file to write (.safetensors)."
+    "--from",
+    "start",
+    metavar="ADAPTER",
+    type=FILE,
+    help="Go on from an adapter, of this or another tool, for more steps.",
 )
 @click.option(
-    "--base", default="pocket", show_default=True, metavar="NAME|FOLDER|HUB_ID", help="The base model to fit."
+    "--embed-photo/--no-embed-photo",
+    default=True,
+    help="Keep the photo in the file, or leave it out; then edits need --photo.",
 )
-@click.option(
-    "--recipe", metavar="NAME|FILE", help="A shipped recipe or a TOML file; each base has a default."
-)
-@_set
-@click.option(
-    "--method", type=click.Choice(["lora", "full"]), help="Train adapters, or all weights for comparison."
-)
-@click.option(
-    "--from", "start", metavar="FILE", help="Go on from an adapter, of this or another tool, for more steps."
-)
-@click.option(
-    "--no-embed-photo", is_flag=True, help="Leave the photo out of the file; edits then need --photo."
-)
-@_seed
-@_device
+@seed_option
+@device_option
 @overwrite_option
 @json_option
 def fit_command(
@@ -113,7 +96,7 @@ def fit_command(
     overrides: tuple[str, ...],
     method: str | None,
     start: str | None,
-    no_embed_photo: bool,
+    embed_photo: bool,
     seed: int,
     device: str,
     overwrite: bool,
@@ -121,8 +104,8 @@ def fit_command(
 ) -> None:
     """Fit PHOTO and write an adapter file.
 
-    The file holds what the base learned and, unless told not to, the photo itself in the base's latents:
-    whoever has it can redraw the photo.
+    The file holds what the base has learned and, without --no-embed-photo, the photo itself in the base's
+    latents. Whoever has the file can redraw the photo.
 
     \b
     Examples:
@@ -133,95 +116,86 @@ def fit_command(
     from lora_unitune.output import check_output
 
     check_output(output, overwrite)
-    chosen = [*overrides, *([f"fit.method={method}"] if method else [])]
-    told: list[str] = []
-    with progress() as tell:
-        tell("loading the base", 0, 1)
-        from lora_unitune import fit
-        from lora_unitune.adapter.adapter import describe
-        from lora_unitune.adapter.convert import open_adapter
-        from lora_unitune.photo.reading import load_photo
+    notes: list[str] = []
+    with progress() as display:
+        display.show("loading the base", 0, 1)
+        from lora_unitune import Adapter, describe, fit
 
         adapter = fit(
             photo,
             base=base,
             recipe=recipe,
-            overrides=chosen,
+            overrides=[*overrides, *([f"fit.method={method}"] if method else [])],
             seed=seed,
             device=device,
-            embed_photo=not no_embed_photo,
-            start=open_adapter(start) if start else None,
-            on_step=lambda step, steps, loss: tell(f"fitting, loss {loss:.4f}", step, steps),
-            on_note=told.append,
+            embed_photo=embed_photo,
+            start=Adapter.load(start) if start else None,
+            on_step=lambda step, steps, loss: display.show(f"fitting, loss {loss:.4f}", step, steps),
+            on_note=notes.append,
         )
-    adapter.save(output, overwrite=overwrite)
+    with writing(output):
+        adapter.save(output, overwrite=overwrite)
     described = describe(output)
-    notes = [*load_photo(photo, adapter.resolution).notes, *told]
     if as_json:
-        click.echo(json.dumps({**described, "notes": notes}))
+        click.echo(json.dumps({**described, "notes": notes, "losses": adapter.history}))
         return
     print_notes(notes)
-    written, tokens = size(described["bytes"]), adapter.rare_tokens
-    click.echo(f"{output}: {written}, fitted in {adapter.seconds:.1f} s as {tokens!r}")
+    click.echo(
+        f"{output}: {bytes_text(described['bytes'])}, fitted in {adapter.seconds:.1f} s as "
+        f"{adapter.rare_tokens!r}, loss {adapter.history[0]:.4f} to {adapter.history[-1]:.4f}"
+    )
 
 
 @main.command("edit")
-@click.argument("adapter_file", metavar="FILE")
+@adapter_argument
 @click.argument("prompt", metavar="PROMPT")
-@click.option(
-    "-o", "--output", required=True, callback=_png_name, metavar="OUT", help="The PNG to write; see -n."
-)
+@output_option("FILE", "The PNG to write; see -n.", callback=_png_name)
 @click.option(
     "-n",
     "--count",
     type=click.IntRange(1, 10_000),
     default=1,
     show_default=True,
-    metavar="COUNT",
-    help="Pictures to make, from consecutive seeds; out.png becomes out-SEED.png for each.",
+    metavar="N",
+    help="Number of images, from consecutive seeds; out.png becomes out-SEED.png for each.",
 )
-@click.option("--guidance", type=float, metavar="W", help="How strongly to follow the text, from 1.")
-@click.option("--guidance-start", type=float, metavar="S", help="First share of the steps without guidance.")
-@click.option("--guidance-stop", type=float, metavar="S", help="Share of the steps after which it ends.")
-@click.option("--guidance-rescale", type=float, metavar="R", help="Remedy against saturated colours, 0 to 1.")
+@seed_option
+@click.option("--negative-prompt", default="", metavar="TEXT", help="What the image should not show.")
+@settings_options(EditSettings)
 @click.option(
-    "--strength", type=float, metavar="S", help="Noise put on the photo, above 0 to 1; 1 starts from noise."
+    "--photo", metavar="PHOTO", type=FILE, help="The photo to start from, instead of the one in ADAPTER."
 )
 @click.option(
-    "--adapter-scale", type=float, metavar="A", help="How much of the adapter is used; 1 is all of it."
-)
-@click.option("--steps", type=int, metavar="N", help="Sampling steps.")
-@click.option("--negative-prompt", metavar="TEXT", help="What the picture should not show.")
-@click.option("--unconditional", type=click.Choice(["adapter", "base"]), help="Weights for the empty prompt.")
-@click.option("--residual/--no-residual", default=None, help="Add to the photo only what the words change.")
-@click.option("--photo", metavar="PHOTO", help="The photo to start from, when the file doesn't hold it.")
-@click.option(
-    "--tokens", default="", metavar="WORDS", help="The rare tokens, when the file doesn't say them."
+    "--trigger",
+    default="",
+    metavar="WORDS",
+    help="The words that call the adapter's subject, if ADAPTER doesn't say them.",
 )
 @base_option
-@_seed
-@_device
+@device_option
 @overwrite_option
 @json_option
 def edit_command(
-    adapter_file: str,
+    adapter: str,
     prompt: str,
     output: str,
     count: int,
-    base: str | None,
-    tokens: str,
     seed: int,
+    negative_prompt: str,
+    photo: str | None,
+    trigger: str,
+    base: str | None,
     device: str,
     overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Edit the photo of an adapter FILE as PROMPT says.
+    """Edit the photo of ADAPTER as PROMPT says.
 
-    The prompt is the edit alone: the rare tokens that stand for the photo are in the file. Settings that
-    aren't given are those of the recipe in the file. Each PNG carries all settings that made it. A LoRA of
-    another tool (kohya's or diffusers' layout, or PEFT's folder) is opened with --tokens and --base. FILE
-    may be hub://OWNER/NAME.
+    ADAPTER is a file that fit wrote, or hub://OWNER/NAME. PROMPT is the edit alone: the rare tokens that stand
+    for the photo are in the file. So are the defaults of the settings, as its recipe has them. Each PNG carries
+    all settings that made it. A LoRA of another tool (a file of kohya's or diffusers', or a folder of PEFT's)
+    needs --trigger and --base.
 
     \b
     Examples:
@@ -231,42 +205,36 @@ def edit_command(
     """
     from lora_unitune.output import check_output
 
-    seeds = range(seed, seed + count)
-    out = Path(output)
+    seeds, out = range(seed, seed + count), Path(output)
     paths = [out] if count == 1 else [out.with_name(f"{out.stem}-{each}{out.suffix}") for each in seeds]
-    for each in paths:
-        check_output(each, overwrite)
-    given = {name: value for name, value in settings.items() if value is not None}
-    with progress() as tell:
-        tell("loading the base", 0, 1)
-        from lora_unitune import Editor
-        from lora_unitune.adapter.convert import open_adapter
-        from lora_unitune.adapter.hub import SCHEME, download
+    for path in paths:
+        check_output(path, overwrite)
+    images: list[dict[str, Any]] = []
+    with progress() as display:
+        display.show("loading the base", 0, 1)
+        from lora_unitune import Adapter, Editor
 
-        path = download(adapter_file) if adapter_file.startswith(SCHEME) else adapter_file
-        adapter = open_adapter(path, tokens)
-        editor = Editor(_base_for(adapter, base), device=device)
-        edits = []
-        for done, each_seed in enumerate(seeds):
-            tell("editing", done, count)
-            edits.append(editor.edit(adapter, prompt, seed=each_seed, **given))
-        tell("editing", count, count)
-    for edit, each in zip(edits, paths, strict=True):
-        edit.save(each, overwrite=overwrite)
+        opened = Adapter.load(adapter, trigger)
+        editor = Editor(_base_for(opened, base), device=device)
+        display.show("editing", 0, count)
+        edits = editor.edits(opened, prompt, seeds, negative_prompt=negative_prompt, photo=photo, **settings)
+        for done, (path, edit) in enumerate(zip(paths, edits, strict=True), start=1):
+            with display.aside(), writing(path):
+                edit.save(path, overwrite=overwrite)
+                if not as_json:
+                    print_notes(() if images else edit.notes)
+                    click.echo(f"{path}: {edit.seconds:.1f} s")
+            images.append(_as_json(edit, path))
+            display.show("editing", done, count)
     if as_json:
-        images = [_edit_entry(edit, each) for edit, each in zip(edits, paths, strict=True)]
-        click.echo(json.dumps({"adapter": adapter_file, "images": images}))
-        return
-    print_notes(edits[0].notes)
-    for edit, each in zip(edits, paths, strict=True):
-        click.echo(f"{each}: {edit.seconds:.1f} s")
+        click.echo(json.dumps({"adapter": adapter, "images": images}))
 
 
 @main.command("doctor")
-@_device
+@device_option
 @json_option
 def doctor_command(device: str, as_json: bool) -> None:
-    """Tell what this machine has, what works on it, and which recipe suits it.
+    """Say what this machine has, what works on it, and which recipes suit it.
 
     \b
     Examples:
@@ -275,28 +243,28 @@ def doctor_command(device: str, as_json: bool) -> None:
     """
     from lora_unitune.cli.doctor import examine
 
-    found = examine(device)
+    report = examine(device)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(report))
         return
-    notes = found.pop("notes")
-    for name in ("free_bytes", "total_bytes"):
-        found[name] = "unknown" if found[name] is None else f"{found[name] / 2**30:.1f} GiB"
-    for name, value in found.items():
+    notes = report.pop("notes")
+    for name in ("free", "total"):
+        count = report.pop(f"{name}_bytes")
+        report[f"{name}_memory"] = "unknown" if count is None else f"{count / 2**30:.1f} GiB"
+    report["recipes"] = ", ".join(filter(None, report.pop("recipes").values()))
+    for name, value in report.items():
         click.echo(f"{name.replace('_', ' '):<18}{shown(value)}")
-    print_notes(tuple(notes))
+    print_notes(notes)
 
 
 @main.command("demo")
-@click.option(
-    "-o", "--output", default="unitune-demo", show_default=True, metavar="FOLDER", help="The folder to write."
+@output_option(
+    "FOLDER", "The folder to write.", required=False, default="unitune-demo", show_default=True, type=FOLDER
 )
-@click.option(
-    "--base", default="pocket", show_default=True, metavar="NAME|FOLDER|HUB_ID", help="The base model to fit."
-)
-@_set
-@_seed
-@_device
+@fit_base_option
+@set_option
+@seed_option
+@device_option
 @overwrite_option
 @json_option
 def demo_command(
@@ -308,17 +276,17 @@ def demo_command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Fit the example photos, edit each, and lay all on one sheet.
+    """Fit the example photos, edit each, and lay all of it on one sheet.
 
-    The folder gets the adapter files, the pictures, contact-sheet.png and summary.json.
+    The folder holds the adapter files, the images, contact-sheet.png and summary.json: all of them, or none.
 
     \b
     Examples:
       lora-unitune demo
       lora-unitune demo -o shown --seed 3 --overwrite
     """
-    with progress() as tell:
-        tell("loading the base", 0, 1)
+    with progress() as display:
+        display.show("loading the base", 0, 1)
         from lora_unitune.cli.demo import run_demo
 
         summary = run_demo(
@@ -328,22 +296,28 @@ def demo_command(
             seed=seed,
             device=device,
             overwrite=overwrite,
-            on_progress=tell,
+            on_progress=display.show,
         )
     click.echo(
         json.dumps(summary) if as_json else f"{summary['contact_sheet']}: done in {summary['seconds']:.0f} s"
     )
 
 
-def _base_for(adapter: Adapter, given: str | None) -> str:
+def _base_for(adapter: Adapter, base: str | None) -> str:
     """Returns the base to edit with. A stranger's file may name any model: it is never downloaded unasked."""
-    if given or adapter.base == "pocket":
-        return given or adapter.base
+    if base or adapter.base == "pocket":
+        return base or adapter.base
     raise BaseModelError(
-        f"the adapter was fitted on base {adapter.base!r}; say where it is with --base FOLDER or HUB_ID"
+        f"the adapter was fitted on base {adapter.base!r}; say where that is with --base FOLDER or HUB_ID"
     )
 
 
-def _edit_entry(edit: Edit, path: Path) -> dict[str, Any]:
-    """Returns what --json tells about one edit."""
-    return {"file": str(path), "seconds": edit.seconds, "notes": list(edit.notes), "settings": edit.settings}
+def _as_json(edit: Edit, path: Path) -> dict[str, Any]:
+    """Returns what --json prints of one edit."""
+    return {
+        "path": str(path),
+        "size": list(edit.image.size),
+        "seconds": edit.seconds,
+        "notes": edit.notes,
+        "settings": edit.settings,
+    }

@@ -1,4 +1,4 @@
-"""The demo: fits the example photos that ship with the package, edits them, and lays all on one sheet."""
+"""The demo: fits the example photos that ship with the package, edits them, and lays all of it on one sheet."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import lora_unitune
-from lora_unitune import Adapter, Edit, Editor, OutputError, Recipe, fit
-from lora_unitune.families import detect_family
+from lora_unitune import Adapter, Edit, Editor, OutputError, Recipe, UnituneError, fit
+from lora_unitune.cli.terminal import bytes_text, uninterrupted, writing
+from lora_unitune.families import default_recipe
+from lora_unitune.families.loading import detect_family
+from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import load_photo
-from lora_unitune.recipe import default_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +34,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "pocket" / "examples"
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps of it are done, and how many there are."""
 
-_PICTURE = 192  # pixels on the contact sheet
+_PICTURE = 192  # pixels: the longer side of a picture on the contact sheet
 _GAP = 16
 _TEXT_LINES = 3
 _TEXT_SIZE = 15
@@ -87,27 +89,28 @@ def run_demo(
         device: "auto", "cpu", "cuda" or "mps".
         overwrite: Whether files in `folder` may be replaced.
         examples: Folder with edits.toml and its photos.
-        on_progress: Told about every step.
+        on_progress: Called at every step.
 
     Returns:
         What summary.json holds: seconds, bytes and settings.
 
     Raises:
-        UnituneError: Something given can't be used, or the folder can't be written; then nothing is written.
+        UnituneError: Its kind says what can't be used, or that the folder can't be written. Then nothing is
+            written.
     """
-    recipe = default_recipe(base, detect_family(base)[0]).override(overrides)
-    tell = on_progress or (lambda stage, done, total: None)
+    recipe = default_recipe(base, detect_family(base)).override(overrides)
+    show = on_progress or (lambda stage, done, total: None)
     started = time.perf_counter()
     with _finished_folder(Path(folder), overwrite) as unfinished:
         rows, fitted = [], []
         chosen = read_examples(examples)
-        tell("loading the base", 0, 1)
+        show("loading the base", 0, 1)
         editor = Editor(base, device=device)
         for number, example in enumerate(chosen, start=1):
             label = f"{example.name} ({number} of {len(chosen)})"
-            adapter = _fit_example(example, base, recipe, seed, device, label, tell)
+            adapter = _fit_example(example, base, recipe, seed, device, label, show)
             adapter.save(unfinished / f"{example.name}.safetensors")
-            row, entry = _edit_example(example, editor, adapter, seed, unfinished, label, tell)
+            row, entry = _edit_example(example, editor, adapter, seed, unfinished, label, show)
             rows.append(row)
             fitted.append(entry)
         contact_sheet(rows).save(unfinished / "contact-sheet.png")
@@ -125,34 +128,34 @@ def run_demo(
 
 
 def _fit_example(
-    example: Example, base: str, recipe: Recipe, seed: int, device: str, label: str, tell: OnProgress
+    example: Example, base: str, recipe: Recipe, seed: int, device: str, label: str, show: OnProgress
 ) -> Adapter:
-    """Fits one example, telling about each step."""
+    """Fits one example, and shows each step."""
 
     def on_step(step: int, steps: int, loss: float) -> None:
-        tell(f"fitting {label}, loss {loss:.4f}", step, steps)
+        show(f"fitting {label}, loss {loss:.4f}", step, steps)
 
-    tell(f"fitting {label}", 0, recipe.fit.steps)
+    show(f"fitting {label}", 0, recipe.fit.steps)
     return fit(example.photo, base=base, recipe=recipe, seed=seed, device=device, on_step=on_step)
 
 
 def _edit_example(
-    example: Example, editor: Editor, adapter: Adapter, seed: int, folder: Path, label: str, tell: OnProgress
+    example: Example, editor: Editor, adapter: Adapter, seed: int, folder: Path, label: str, show: OnProgress
 ) -> tuple[Row, dict[str, Any]]:
     """Redraws and edits one example, saves the pictures, and returns its row of sheet and summary."""
-    photo = load_photo(example.photo, adapter.resolution).image
+    photo = frame(load_photo(example.photo), adapter.size).image
     total = 1 + len(example.edits)
-    tell(f"redrawing {label}", 0, total)
+    show(f"redrawing {label}", 0, total)
     redrawn = editor.reconstruct(adapter, seed=seed)
     redrawn.save(folder / f"{example.name}-reconstruction.png")
     pictures = [(photo, "the photo"), (redrawn.image, "redrawn from noise by its rare tokens alone")]
     edits: list[dict[str, Any]] = []
     for number, prompt in enumerate(example.edits, start=1):
-        tell(f"editing {label}", number, total)
+        show(f"editing {label}", number, total)
         edit = editor.edit(adapter, prompt, seed=seed)
         edits.append(_save_edit(edit, prompt, folder, f"{example.name}-edit-{number}.png"))
         pictures.append((edit.image, prompt))
-    tell(f"editing {label}", total, total)
+    show(f"editing {label}", total, total)
     size = (folder / f"{example.name}.safetensors").stat().st_size
     entry = {
         "name": example.name,
@@ -164,7 +167,7 @@ def _edit_example(
         "reconstruction": f"{example.name}-reconstruction.png",
         "edits": edits,
     }
-    heading = f"{example.description}: fitted in {adapter.seconds:.0f} s, {size / 1000:.0f} KB"
+    heading = f"{example.description}: fitted in {adapter.seconds:.0f} s, {bytes_text(size)}"
     return Row(heading, tuple(pictures)), entry
 
 
@@ -175,7 +178,7 @@ def _save_edit(edit: Edit, prompt: str, folder: Path, name: str) -> dict[str, An
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """Lays rows of pictures on one white RGB sheet, each with its text under it."""
+    """Lays rows of pictures of any shape on one white RGB sheet, each with its text under it."""
     columns = max(len(row.pictures) for row in rows)
     row_height = _LINE + _GAP // 2 + _PICTURE + _TEXT_LINES * _LINE + _GAP
     size = (_GAP + columns * (_PICTURE + _GAP), _GAP + len(rows) * row_height)
@@ -187,7 +190,9 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
         draw.text((_GAP, top), row.heading, fill=(110, 110, 110), font=font)
         for column, (picture, text) in enumerate(row.pictures):
             left, upper = _GAP + column * (_PICTURE + _GAP), top + _LINE + _GAP // 2
-            sheet.paste(picture.resize((_PICTURE, _PICTURE), Image.Resampling.LANCZOS), (left, upper))
+            small = ImageOps.contain(picture, (_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
+            centred = left + (_PICTURE - small.width) // 2, upper + (_PICTURE - small.height) // 2
+            sheet.paste(small, centred)
             for line, words in enumerate(_wrap(text, font)):
                 draw.text((left, upper + _PICTURE + 4 + line * _LINE), words, fill="black", font=font)
     return sheet
@@ -209,7 +214,7 @@ def _wrap(text: str, font: Any) -> list[str]:
 
 @contextmanager
 def _finished_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Lends a hidden folder inside `folder` to write to; its files move up when all went well, else all goes.
+    """Makes a hidden folder inside `folder` to write to; its files move up if all goes well, else it is deleted.
 
     Raises:
         OutputError: The folder holds files and may not be overwritten, or can't be written.
@@ -218,23 +223,28 @@ def _finished_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise OutputError(f"{folder} isn't a folder; give a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise OutputError(
-            f"{folder} holds files already; choose another folder, or pass --overwrite to replace them"
+            f"{folder} holds files already; choose another folder, or pass overwrite=True to replace them"
         )
     is_new = not folder.exists()
     unfinished: Path | None = None
     try:
-        if is_new:
-            folder.mkdir()
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+        with uninterrupted():
+            if is_new:
+                folder.mkdir()
+            unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
         yield unfinished
-        for path in sorted(unfinished.iterdir()):
-            os.replace(path, folder / path.name)
+        with writing(folder):
+            for path in sorted(unfinished.iterdir()):
+                os.replace(path, folder / path.name)
+    except UnituneError:
+        raise
     except OSError as error:
         raise OutputError(
             f"{folder} can't be written ({error.strerror or error}); choose another folder"
         ) from error
     finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        with uninterrupted():
+            if unfinished is not None:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if is_new and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()

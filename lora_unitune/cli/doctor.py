@@ -6,17 +6,21 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_unitune import __version__
-from lora_unitune.families import resolve_device
+from lora_unitune import Recipe, __version__
+from lora_unitune.families import FAMILIES
+from lora_unitune.families.loading import resolve_device
+from lora_unitune.recipe import available_recipes
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
-_CARDS = ((11, "sd15/12gb"), (7, "sd15/8gb"), (5, "sd15/6gb"))
-"""GiB that have to be free, and the recipe for it: a card of 12 GB has 11.x to give."""
+_CARD = re.compile(r"(\d+)gb")
+_OWN_USE = 1
+"""GB of a card's memory that its driver and its screen may take: a card of 12 GB has 11.x to give."""
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
@@ -26,13 +30,14 @@ def examine(device: str = "auto") -> dict[str, Any]:
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        DeviceError: it isn't there.
+        DeviceError: It isn't there.
     """
     target = resolve_device(device)
     free, total = _memory(target)
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else platform.processor()
     bf16 = torch.cuda.is_bf16_supported() if target.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    recipe, notes = _recipe(target, free)
+    recipes = recipes_for(free if target.type == "cuda" else None)
+    notes = _notes(target, free, recipes)
     if target.type == "cuda" and free is not None and total is not None and free < total // 2:
         notes.append(
             "over half of the GPU's memory is in use; what no longer fits may spill into system memory, "
@@ -50,7 +55,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "bf16": bool(bf16),
         "fp16": target.type == "cuda",
         "optimizers_8bit": _imports("bitsandbytes"),
-        "recipes": {"pocket": "pocket/default", "stable_diffusion_1": recipe},
+        "recipes": recipes,
         "notes": notes,
     }
 
@@ -68,18 +73,42 @@ def _memory(device: torch.device) -> tuple[int | None, int | None]:
     return None, total
 
 
-def _recipe(device: torch.device, free: int | None) -> tuple[str | None, list[str]]:
-    """Returns the recipe for Stable Diffusion 1.x, and what to know about it."""
-    if device.type != "cuda" or free is None:
-        return "sd15/8gb", [
-            "without a CUDA GPU, a fit of Stable Diffusion takes minutes to hours; pocket, seconds"
-        ]
-    for least, recipe in _CARDS:
-        if free >= least * 2**30:
-            return recipe, []
-    return None, [
-        f"{free / 2**30:.1f} GiB are free on the GPU, and the smallest recipe needs 5; use --device cpu"
-    ]
+def recipes_for(free: int | None) -> dict[str, str | None]:
+    """Returns a recipe for each kind of base that recipes ship for, None where every one needs more memory.
+
+    A recipe named KIND/12gb is for a card of 12 GB; of those that fit, it is the largest.
+
+    Args:
+        free: Free bytes of a GPU's memory; None takes each kind's default, for a machine without a GPU.
+    """
+    defaults = {row.recipe for row in FAMILIES.values()}
+    chosen: dict[str, tuple[int, str | None]] = {}
+    for name in available_recipes():
+        kind, _, intent = name.partition("/")
+        card = _CARD.fullmatch(intent)
+        needed = max(0, int(card[1]) - _OWN_USE) * 2**30 if card else 0
+        before = chosen.setdefault(kind, (-1, None))
+        fits = not card or name in defaults if free is None else needed <= free
+        if fits and needed > before[0]:
+            chosen[kind] = (needed, name)
+    return {kind: name for kind, (_, name) in chosen.items()}
+
+
+def _notes(device: torch.device, free: int | None, recipes: dict[str, str | None]) -> list[str]:
+    """Returns what to know about the recipes and the memory, one sentence each."""
+    if device.type != "cuda":
+        return ["without a CUDA GPU, only a fit of pocket takes seconds; of larger bases, minutes to hours"]
+    notes = []
+    missing = [kind for kind, name in recipes.items() if name is None]
+    if missing and free is not None:
+        notes.append(
+            f"{free / 2**30:.1f} GiB are free on the GPU, too little for any recipe of {', '.join(missing)}; "
+            "use --device cpu"
+        )
+    rounded = [name for name in recipes.values() if name and Recipe.load(name).fit.quantize != "none"]
+    if rounded and not _imports("bitsandbytes"):
+        notes.append(f"{', '.join(rounded)} needs bitsandbytes; install lora-unitune[8bit]")
+    return notes
 
 
 def _version(library: str) -> str | None:

@@ -1,44 +1,174 @@
-"""What the commands share: errors as one line, progress, and values written for a person."""
+"""What the commands share: errors as one line, what Ctrl-C leaves, progress, and values for a person to read."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from lora_unitune import UnituneError
+from lora_unitune.cli.messages import in_options
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_WRITTEN = "lora_unitune.written"
+"""In the context's `meta`: what the command has written so far."""
+_MOST_NAMED = 4
+"""Of more files than this, Ctrl-C's message names the first and the last."""
+
+
+class Failed(click.ClickException):
+    """The end of a command that couldn't do its work: one line on standard error, and the exit code."""
+
+    exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(" ".join(self.message.splitlines()), file=file, err=True)
+
+
+class WrongUse(Failed):
+    """The end of a command that was typed wrong."""
+
+    exit_code = 2
+
+
+class Stopped(Failed):
+    """The end of a command by Ctrl-C."""
+
+    exit_code = 130
+
+
+class Command(click.Command):
+    """A command whose errors name its options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UnituneError as error:
+            raise Failed(f"error: {in_options(str(error), self, ctx.params)}") from error
 
 
 class Commands(click.Group):
-    """Turns the errors a user can meet into one line on standard error and exit code 2; Ctrl-C into 130."""
+    """All commands. What can go wrong is one line on standard error: wrong use, an error, or Ctrl-C."""
+
+    command_class = Command
+
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        with _one_line():
+            return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command that was asked for."""
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # the libraries' notes to developers
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for a CPU that it lacks
         gc.set_threshold(10_000)  # importing makes objects that stay: looking for garbage took a fifth of it
-        try:
-            return super().invoke(ctx)
-        except UnituneError as error:
-            message, code = f"error: {error}", 2
-        except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else ctx.command_path
-            message, code = f"error: {error.format_message()} See {path} --help", 2
-        except KeyboardInterrupt:
-            message, code = "stopped; nothing was written", 130
-        click.echo(" ".join(message.splitlines()), err=True)
-        ctx.exit(code)
+        with _one_line():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise Stopped(f"stopped; {_what_is_written(ctx)}") from None
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def _one_line() -> Iterator[None]:
+    """Turns wrong use of the command line into one line; no command at all still shows the help."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "lora-unitune"
+        raise WrongUse(f"error: {error.format_message()} See {path} --help") from None
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Notes a file or a folder as written, unless writing it fails. Ctrl-C waits until it is there, whole.
+
+    Args:
+        path: Path that Ctrl-C's message names.
+    """
+    with uninterrupted():
+        yield
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            context.meta.setdefault(_WRITTEN, []).append(str(path))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block is done."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if not is_main or before is not signal.default_int_handler:
+        yield
+        return
+    pressed = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _what_is_written(ctx: click.Context) -> str:
+    """Returns the end of Ctrl-C's message."""
+    written: list[str] = ctx.meta.get(_WRITTEN, [])
+    if not written:
+        return "nothing was written"
+    if len(written) == 1:
+        return f"{written[0]} is written"
+    if len(written) > _MOST_NAMED:
+        return f"{len(written)} files, {written[0]} to {written[-1]}, are written"
+    return f"{', '.join(written[:-1])} and {written[-1]} are written"
+
+
+class Display:
+    """Shows how far a command is, and its lines."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task, self._stage = bar, task, ""
+
+    def show(self, description: str, done: int, total: int) -> None:
+        """Shows what is being done, how many steps of it are done, and how many there are.
+
+        Args:
+            description: What is being done; what follows a comma may change from step to step.
+            done: Steps that are done.
+            total: All steps.
+        """
+        begins = description.partition(",")[0] != self._stage
+        self._stage = description.partition(",")[0]
+        if begins:
+            self._bar.reset(self._task)
+        self._bar.update(self._task, description=description, completed=done, total=total)
+        if self._bar.disable and (begins or done == total):
+            click.echo(f"{description}: {done} of {total}", err=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Takes the bar away while lines are printed."""
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+
+
+@contextmanager
+def progress() -> Iterator[Display]:
     """Shows a bar on standard error; where that isn't a terminal, a line whenever something else begins."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,21 +176,16 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     console = Console(stderr=True)
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        stage = ""
-
-        def tell(description: str, done: int, total: int) -> None:
-            nonlocal stage
-            begins = description.partition(",")[0] != stage
-            stage = description.partition(",")[0]
-            if begins:
-                bar.reset(task)
-            bar.update(task, description=description, completed=done, total=total)
-            if not console.is_terminal and (begins or done == total):
-                click.echo(f"{description}: {done} of {total}", err=True)
-
-        yield tell
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        yield Display(bar, bar.add_task("", total=None))
 
 
 def print_notes(notes: Sequence[str]) -> None:
@@ -68,27 +193,20 @@ def print_notes(notes: Sequence[str]) -> None:
         click.echo(f"note: {note}", err=True)
 
 
-def size(count: int) -> str:
+def bytes_text(count: int) -> str:
     return f"{count / 1000:.0f} KB" if count < 1_000_000 else f"{count / 1_000_000:.1f} MB"
 
 
+def size_text(size: Sequence[int] | None) -> str:
+    return f"{size[0]} x {size[1]} pixels" if size else "unknown"
+
+
 def shown(value: Any) -> str:
-    """Writes a described value for a person: "unet 8, text_encoder 4" rather than a dictionary."""
+    """Writes a value for a person: "adamw 8, sgd 4" rather than a dictionary."""
     if isinstance(value, dict):
-        return ", ".join(f"{part} {shown(item)}" for part, item in value.items())
+        return ", ".join(f"{name} {shown(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(str(item) for item in value)
     if isinstance(value, bool) or value is None:
         return "yes" if value else "no"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-base_option = click.option(
-    "--base",
-    metavar="NAME|FOLDER|HUB_ID",
-    help="The base model the file was fitted on; needed unless that is pocket.",
-)
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
-)

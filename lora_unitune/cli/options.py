@@ -1,0 +1,167 @@
+"""Options that several commands share, and those made from a recipe's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import click
+from click.shell_completion import CompletionItem
+
+from lora_unitune.recipe import available_recipes
+from lora_unitune.settings import Section
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Place(click.Path):
+    """A path that a shell completes; whether it can be used, the library says."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
+FILE = Place()
+FOLDER = Place(file_okay=False)
+
+
+class Share(click.FloatRange):
+    """A number in a range, which "nan" isn't."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
+class SettingOption(click.Option):
+    """An option for one field of a recipe.
+
+    Attributes:
+        setting: The field with its section, such as "edit.strength".
+    """
+
+    def __init__(self, *arguments: Any, setting: str, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.setting = setting
+
+
+def settings_options(kind: type[Section], names: Iterable[str] = ()) -> Callable[[F], F]:
+    """Returns a decorator that adds an option for each field of a section: its type, its range and its help.
+
+    An option that isn't used is None: the default is that of the recipe.
+
+    Args:
+        kind: The section's class.
+        names: Names of the fields; none takes all.
+    """
+    chosen = [each for each in dataclasses.fields(kind) if not names or each.name in names]
+
+    def add(command: F) -> F:
+        for each in reversed(chosen):
+            command = _setting_option(kind, each)(command)
+        return command
+
+    return add
+
+
+def _setting_option(kind: type[Section], setting: dataclasses.Field[Any]) -> Callable[[F], F]:
+    """Returns the decorator that adds one setting's option."""
+    hint, name = get_type_hints(kind)[setting.name], setting.name.replace("_", "-")
+    flags = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
+    add: Callable[[F], F] = click.option(
+        flags,
+        setting.name,
+        cls=SettingOption,
+        setting=f"{kind.section}.{setting.name}",
+        type=None if hint is bool else _type_of(hint, setting.metadata),
+        default=None,
+        metavar={int: "N", float: "X", str: "TEXT"}.get(hint),
+        help=setting.metadata["help"],
+    )
+    return add
+
+
+def _type_of(hint: Any, metadata: Any) -> click.ParamType[Any]:
+    """Returns the type of an option that allows what a field allows."""
+    if get_origin(hint) is Literal:
+        return click.Choice(get_args(hint))
+    if hint in (int, float):
+        kind = click.IntRange if hint is int else Share
+        return kind(metadata["low"], metadata["high"], min_open=metadata["above"])
+    return click.STRING
+
+
+def _complete_base(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes the name of a base: a folder, or the one that ships."""
+    return [CompletionItem(incomplete, type="dir"), *_beginning(["pocket"], incomplete)]
+
+
+def _complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes the name of a recipe: a file, or one that ships."""
+    return [CompletionItem(incomplete, type="file"), *_beginning(available_recipes(), incomplete)]
+
+
+def _beginning(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+_BASE = "NAME|FOLDER|HUB_ID"
+
+fit_base_option = click.option(
+    "--base",
+    default="pocket",
+    show_default=True,
+    metavar=_BASE,
+    shell_complete=_complete_base,
+    help="The base model to fit.",
+)
+base_option = click.option(
+    "--base",
+    metavar=_BASE,
+    shell_complete=_complete_base,
+    help="The base model that the adapter was fitted on; needed unless it is pocket.",
+)
+recipe_option = click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    shell_complete=_complete_recipe,
+    help="A recipe that ships, or a TOML file; each base has a default.",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one setting of the recipe, such as fit.steps=50; may be repeated.",
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of all noise.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto takes a GPU if there is one.",
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+)
+adapter_argument = click.argument("adapter", metavar="ADAPTER", type=FILE)
+
+
+def output_option(metavar: str, help: str, **more: Any) -> Callable[[F], F]:
+    """Returns the decorator that adds -o: Path of the file or the folder to write."""
+    settings = {"required": True, "type": FILE, **more}
+    add: Callable[[F], F] = click.option("-o", "--output", metavar=metavar, help=help, **settings)
+    return add
