@@ -36,6 +36,8 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
             raise OutputError(f"{path} can't be written: there is no folder {path.parent}; create it first")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{path} can't be written: its folder is read-only; choose another folder")
+    except OutputError:
+        raise
     except OSError as error:
         raise _unwritable(path, error) from error
 

@@ -16,12 +16,12 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lora-unitune")
 
 
-def refused(*arguments: str | Path, folder: Path) -> str:
-    """Runs a command that has to fail: exit code 2, one line, nothing written. Returns the line."""
+def refused(*arguments: str | Path, folder: Path, code: int = 1) -> str:
+    """Runs a command that has to fail: exit code, one line, nothing written. Returns the line."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     result = run(*arguments)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == code, result.output
     assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0]
     assert "Traceback" not in result.stderr and result.stdout == ""
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

@@ -51,7 +51,9 @@ def main() -> None:
       lora-unitune inspect photo.safetensors
       lora-unitune convert photo.safetensors --to kohya -o photo-comfyui.safetensors
 
-    For completion in bash (or zsh, or fish): eval "$(_LORA_UNITUNE_COMPLETE=bash_source lora-unitune)"
+    \b
+    To complete commands, options and files in bash (or zsh, or fish):
+      eval "$(_LORA_UNITUNE_COMPLETE=bash_source lora-unitune)"
     """
 
 

@@ -17,13 +17,13 @@ from lora_unitune.cli.options import (
     output_option,
     overwrite_option,
 )
-from lora_unitune.cli.terminal import bytes_text, shown, size_text, writing
+from lora_unitune.cli.terminal import bytes_text, command, shown, size_text, writing
 
 if TYPE_CHECKING:
     from lora_unitune.adapter.convert import Layout
 
 
-@click.command("inspect")
+@command("inspect")
 @adapter_argument
 @json_option
 def inspect_command(adapter: str, as_json: bool) -> None:
@@ -51,7 +51,7 @@ def inspect_command(adapter: str, as_json: bool) -> None:
         click.echo(f"  {line}".rstrip())
 
 
-@click.command("convert")
+@command("convert")
 @adapter_argument
 @click.option(
     "--to",
@@ -78,16 +78,16 @@ def convert_command(adapter: str, layout: Layout, output: str, overwrite: bool, 
     click.echo(json.dumps({"path": output, "layout": layout}) if as_json else f"{output}: layout of {layout}")
 
 
-@click.command("strip")
+@command("strip")
 @adapter_argument
 @output_option("FILE", "The adapter file to write.")
 @click.option("--keep-photo", is_flag=True, help="Keep the photo's latents, so that edits need no --photo.")
 @overwrite_option
 @json_option
 def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, as_json: bool) -> None:
-    """Write ADAPTER without what an edit doesn't need: photo, date, seed, settings of the fit.
+    """Write ADAPTER without the photo, date, seed and settings of its fit.
 
-    Its weights can redraw the photo all the same: that is what they were fitted for.
+    An edit needs none of them but the photo. The weights can redraw that all the same: they were fitted for it.
 
     \b
     Examples:
@@ -103,7 +103,7 @@ def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, 
     )
 
 
-@click.command("compress")
+@command("compress")
 @adapter_argument
 @output_option("FILE", "The adapter file to write.")
 @click.option(
@@ -168,7 +168,7 @@ def compress_command(
     )
 
 
-@click.command("push")
+@command("push")
 @adapter_argument
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option(

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -56,6 +57,10 @@ class Command(click.Command):
             return super().invoke(ctx)
         except UnituneError as error:
             raise Failed(f"error: {in_options(str(error), self, ctx.params)}") from error
+
+
+command = partial(click.command, cls=Command)
+"""The decorator of a command."""
 
 
 class Commands(click.Group):

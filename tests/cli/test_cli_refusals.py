@@ -69,16 +69,14 @@ def test_bad_photos(tmp_path: Path, tiny_sd15: Path, write: Callable[[Path], Non
     ("arguments", "message"),
     [
         (["--set", "fit.stepz=3"], "did you mean 'steps'"),
-        (["--set", "fit.steps=0"], "a whole number from 1"),
+        (["--set", "fit.steps=0"], "--set fit.steps=0 isn't allowed; give a whole number from 1"),
         (["--set", "prompt.rare_tokens=é€"], "rare token"),
         (["--set", "lora.unet.targets=to_nowhere"], "to_nowhere"),
         (["--set", "fit.optimizer=adamx"], "adamx"),
-        (["--set", "photo.resolution=33"], "33"),
+        (["--set", "photo.size=33x33"], "--set photo.size=33x33"),
         (["--recipe", "sd15/7gb"], "unknown recipe"),
         (["--recipe", "none.toml"], "doesn't exist"),
-        (["--device", "tpu"], "tpu"),
-        (["--method", "half"], "half"),
-        (["--seed", "-1"], "-1"),
+        (["--seed", str(2**63)], f"--seed {2**63} isn't allowed"),
         (["--base", "no such base"], "unknown base"),
     ],
 )
@@ -87,6 +85,20 @@ def test_bad_settings_of_a_fit(
 ) -> None:
     given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK, *arguments)
     assert message in refused(*given, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "tpu"),
+        (["--method", "half"], "half"),
+        (["--seed", "-1"], "-1"),
+        (["--tokens", "zqrt"], "No such option"),
+    ],
+)
+def test_wrong_options_of_a_fit(tmp_path: Path, photo: Path, arguments: list[str], message: str) -> None:
+    given = ("fit", photo, "-o", tmp_path / "a.safetensors", *arguments)
+    assert message in refused(*given, folder=tmp_path, code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -121,7 +133,7 @@ def test_outputs_that_cannot_be_written(
     edit = (*edit, "a fox")
     (tmp_path / "out-1.png").write_bytes(b"mine")
     assert "--overwrite" in refused(*edit, "-o", tmp_path / "out.png", "-n", "2", folder=tmp_path)
-    assert "end in .png" in refused(*edit, "-o", tmp_path / "out.jpg", folder=tmp_path)
+    assert "end in .png" in refused(*edit, "-o", tmp_path / "out.jpg", folder=tmp_path, code=2)
     assert "there is no folder" in refused(*edit, "-o", tmp_path / "none" / "out.png", folder=tmp_path)
     assert run(*edit, "-o", tmp_path / "out-1.png", "--overwrite").exit_code == 0
 
@@ -201,7 +213,7 @@ def from_the_future(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) 
         (surplus, "surplus"),
         (misshapen, "shape"),
         (not_finite, "finite"),
-        (without_header, "--tokens"),
+        (without_header, "--trigger"),
         (from_the_future, "99"),
     ],
 )
@@ -252,21 +264,38 @@ def test_an_adapter_made_for_another_base(tmp_path: Path, adapter_file: Path, ti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--strength", "0"], "above 0 and up to 1"),
-        (["--strength", "1.5"], "above 0 and up to 1"),
-        (["--strength", "nan"], "above 0 and up to 1"),
-        (["--strength", "0.01"], "leaves none of"),
-        (["--guidance", "-1"], "from 1 to 100"),
-        (["--guidance-rescale", "2"], "from 0 to 1"),
-        (["--adapter-scale", "-1"], "from 0 to 4"),
-        (["--steps", "0"], "from 1 to 1000"),
+        (["--strength", "0"], "0<x<=1"),
+        (["--strength", "1.5"], "0<x<=1"),
+        (["--strength", "nan"], "0<x<=1"),
+        (["--guidance", "-1"], "1<=x<=100"),
+        (["--guidance-rescale", "2"], "0<=x<=1"),
+        (["--adapter-scale", "-1"], "0<=x<=4"),
+        (["--steps", "0"], "1<=x<=1000"),
         (["--steps", "many"], "many"),
+        (["--unconditional", "neither"], "neither"),
         (["--seed", "-1"], "-1"),
         (["-n", "0"], "0"),
-        (["--photo", "none.png"], "doesn't exist"),
     ],
 )
-def test_impossible_dials(tmp_path: Path, arguments: list[str], message: str, edit: list[str | Path]) -> None:
+def test_values_out_of_range(
+    tmp_path: Path, arguments: list[str], message: str, edit: list[str | Path]
+) -> None:
+    given = (*edit, "a fox", "-o", tmp_path / "out.png", *arguments)
+    assert message in refused(*given, folder=tmp_path, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "0.01"], "--strength 0.01 leaves none of"),
+        (["--seed", str(2**63)], f"--seed {2**63} isn't allowed"),
+        (["--photo", "none.png"], "doesn't exist"),
+        (["--photo", "steps=2.png"], "steps=2.png doesn't exist"),
+    ],
+)
+def test_values_that_do_not_go(
+    tmp_path: Path, arguments: list[str], message: str, edit: list[str | Path]
+) -> None:
     given = (*edit, "a fox", "-o", tmp_path / "out.png", *arguments)
     assert message in refused(*given, folder=tmp_path)
 
@@ -277,9 +306,10 @@ def test_an_empty_prompt(tmp_path: Path, edit: list[str | Path]) -> None:
 
 
 def test_what_was_typed_wrong_is_one_line_too(tmp_path: Path) -> None:
-    assert "No such command" in refused("fitt", folder=tmp_path)
-    assert "Missing argument" in refused("inspect", folder=tmp_path)
-    assert "No such option" in refused("inspect", "a", "--jsn", folder=tmp_path)
+    assert "No such command" in refused("fitt", folder=tmp_path, code=2)
+    assert "No such option" in refused("--versoin", folder=tmp_path, code=2)
+    assert "Missing argument" in refused("inspect", folder=tmp_path, code=2)
+    assert "No such option" in refused("inspect", "a", "--jsn", folder=tmp_path, code=2)
 
 
 def test_demo_refuses_a_folder_with_files_in_it(tmp_path: Path, tiny_sd15: Path) -> None:
