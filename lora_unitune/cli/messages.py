@@ -16,7 +16,7 @@ from lora_unitune.settings import LoraSettings
 
 _MENTION = re.compile(
     r"(?<![\w./=\'\"-])(?P<name>[a-z]\w*(?:\.\w+){0,2})"
-    r"(?: ?= ?(?P<value>'[^']*'|\"[^\"]*\"|[^\s;,)]+))?(?![\w/])"
+    r"(?: ?= ?(?P<value>'[^']*'|\"[^\"]*\"|[^\s;,)]*[^\s;,).]))?(?![\w/])"
 )
 """What may be an argument or a setting, with or without its value: "edit.strength = 2", "overwrite=True"."""
 
