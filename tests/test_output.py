@@ -28,7 +28,7 @@ def test_a_new_file_has_its_content_and_usual_permissions(tmp_path: Path) -> Non
 def test_an_existing_file_is_replaced_only_when_allowed(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
     path.write_text("old")
-    with pytest.raises(OutputError, match="is there already; .*--overwrite"):
+    with pytest.raises(OutputError, match="is there already; .*overwrite=True"):
         write_atomically(path, write_text)
     assert path.read_text() == "old"
     write_atomically(path, write_text, overwrite=True)

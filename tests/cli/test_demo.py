@@ -64,7 +64,7 @@ def test_it_writes_adapters_edits_a_sheet_and_a_summary(
 
 def test_a_folder_with_files_in_it_is_left_alone(tmp_path: Path, tiny_sd15: Path, examples: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="overwrite=True"):
         run_demo(tmp_path, base=str(tiny_sd15), examples=examples)
     with pytest.raises(OutputError, match="isn't a folder"):
         run_demo(tmp_path / "mine.txt", base=str(tiny_sd15), examples=examples)
@@ -94,7 +94,7 @@ def test_a_failed_demo_leaves_nothing_behind(
     assert not existed or [path.name for path in folder.iterdir()] == ["summary.json"]
 
 
-def test_bad_settings_are_told_before_anything_is_written(tmp_path: Path, tiny_sd15: Path) -> None:
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, tiny_sd15: Path) -> None:
     for wrong in ({"base": "no such base"}, {"base": str(tiny_sd15), "overrides": ["fit.steps=0"]}):
         with pytest.raises(UnituneError):
             run_demo(tmp_path / "shown", **wrong)  # type: ignore[arg-type]
@@ -108,6 +108,23 @@ def test_every_text_stays_within_its_picture() -> None:
     assert short.size == long.size
     right = (short.width // 2 + 8, 0, short.width, short.height)
     assert short.crop(right).tobytes() == long.crop(right).tobytes()
+
+
+def test_pictures_of_any_shape_lie_whole_in_the_middle_of_their_places() -> None:
+    left, upper, right, lower = red_box((64, 64))
+    for size in ((64, 32), (32, 64)):
+        box = red_box(size)
+        width, height = box[2] - box[0], box[3] - box[1]
+        assert width * size[1] == height * size[0] and max(width, height) == right - left
+        assert (box[0] + box[2], box[1] + box[3]) == (left + right, upper + lower)
+
+
+def red_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns where a red picture of a size lies on a sheet of its own."""
+    sheet = contact_sheet([Row("one", ((Image.new("RGB", size, "red"), ""),))])
+    box = sheet.getchannel("G").point(lambda value: 255 if value == 0 else 0).getbbox()
+    assert box is not None and sheet.crop(box).getextrema() == ((255, 255), (0, 0), (0, 0))
+    return box
 
 
 def test_three_examples_ship_with_six_edits_each() -> None:
