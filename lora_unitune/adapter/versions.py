@@ -44,7 +44,8 @@ def _recipe(recipe: Mapping[str, Any], family: Family) -> dict[str, Any]:
     known = {part for each in FAMILIES.values() for part in each.parts}
     rates: dict[str, Any] = {}
     if isinstance(fit, Mapping):
-        rates = {key: value for key, value in fit.items() if key.removesuffix("_learning_rate") in known}
+        names = {f"{part}_learning_rate" for part in known}
+        rates = {key: value for key, value in fit.items() if key in names}
         sections["fit"] = {key: value for key, value in fit.items() if key not in rates}
     sections["lora"] = {key: value for key, value in lora.items() if _part_of(key) not in known}
     for part, default in family.parts.items():
