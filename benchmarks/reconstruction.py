@@ -18,9 +18,9 @@ import numpy as np
 
 from lora_unitune import Editor, fit
 from lora_unitune.editing.score import psnr
+from lora_unitune.families import default_recipe
 from lora_unitune.output import write_atomically
 from lora_unitune.pocket.world import draw_scene, render
-from lora_unitune.recipe import default_recipe
 
 from .origin import origin
 

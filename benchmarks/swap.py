@@ -25,9 +25,8 @@ from diffusers import StableDiffusionPipeline
 from lora_unitune import Adapter, Recipe
 from lora_unitune.adapter import layers
 from lora_unitune.adapter.hotswap import Mount
-from lora_unitune.families import Base
+from lora_unitune.families import Base, default_recipe
 from lora_unitune.output import write_atomically
-from lora_unitune.recipe import default_recipe
 
 from .cost.bases import NAMES, make_base
 from .origin import origin
@@ -46,7 +45,7 @@ def random_adapters(base: Base, recipe: Recipe, count: int) -> list[Adapter]:
         base=base.name,
         fingerprint=base.fingerprint,
         photo_latents=None,
-        resolution=base.resolution,
+        size=base.size,
         seed=0,
         seconds=0.0,
     )
@@ -75,7 +74,7 @@ def resident() -> int:
 
 
 def exact(base: Base, before: dict[str, torch.Tensor]) -> bool:
-    """Whether the base's weights are those of before, to the bit."""
+    """Whether the base's weights are those of before, bit for bit."""
     return all(
         torch.equal(before[f"{part}.{name}"], tensor)
         for part, module in base.parts.items()
@@ -90,7 +89,7 @@ def exact(base: Base, before: dict[str, torch.Tensor]) -> bool:
 @click.option("-o", "--output", metavar="FILE", help="Write the result as JSON too.")
 def main(name: str, swaps: int, many: int, output: str | None) -> None:
     base = make_base(name, "cpu")
-    recipe = Recipe() if name == "sd15" else default_recipe(base.name, base.family)
+    recipe = base.family.complete(Recipe()) if name == "sd15" else default_recipe(base.name, base.family)
     before = {f"{part}.{key}": tensor.clone() for part, module in base.parts.items()
               for key, tensor in module.state_dict().items()}  # fmt: skip
     made, mount = random_adapters(base, recipe, 2), Mount(base)
@@ -107,7 +106,7 @@ def main(name: str, swaps: int, many: int, output: str | None) -> None:
         row["grown_bytes"] = {"swaps": many, "bytes": resident() - start}
         mount.release()
         row["exact"] = exact(base, before)
-        parts: dict[str, Any] = {**base.parts, "vae": base.vae, "tokenizer": base.tokenizer}  # type: ignore[attr-defined]
+        parts: dict[str, Any] = {**base.parts, "vae": base.frozen["vae"], "tokenizer": base.tokenizer}  # type: ignore[attr-defined]
         pipeline = StableDiffusionPipeline(
             **parts, scheduler=base.make_scheduler(), safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,

@@ -1,14 +1,14 @@
 """What a fit and an edit cost on one machine, in one run.
 
     python -m benchmarks.cost steps --base pocket -o benchmarks/results/cost-pocket.json
-    python -m benchmarks.cost steps --base sd15 --resolution 256 --steps 3 --batch 1
+    python -m benchmarks.cost steps --base sd15 --size 256x256 --steps 3 --batch 1
     python -m benchmarks.cost reach -o benchmarks/results/reach-pocket.json
     python -m benchmarks.cost first-picture
     python -m benchmarks.cost growth
 
 `steps` compares this project's LoRA, full fine-tuning, and the loops that diffusers' DreamBooth examples
 describe. `reach` gives the rival the steps it needs for the same reconstruction. `first-picture` splits the
-time from a process's start to its first edit. `growth` is over resolution, batch, rank and candidates.
+time from a process's start to its first edit. `growth` is over size, batch, rank and candidates.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _tell(device: str, output: Path | None, **found: Any) -> None:
 @main.command("steps")
 @click.option("--base", default="pocket", show_default=True, type=click.Choice(NAMES))
 @click.option("--methods", default=",".join(METHODS), show_default=True, metavar="NAME,NAME")
-@click.option("--resolution", default=0, show_default=True, help="Of the photo; 0 is the base's own.")
+@click.option("--size", default="", metavar="WIDTHxHEIGHT", help="Of the photo; the base's own if not given.")
 @click.option("--steps", default=10, show_default=True, type=click.IntRange(2))
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=1, show_default=True, type=click.IntRange(1))
@@ -56,7 +56,7 @@ def _tell(device: str, output: Path | None, **found: Any) -> None:
 def steps_command(
     base: str,
     methods: str,
-    resolution: int,
+    size: str,
     steps: int,
     batch: int,
     rounds: int,
@@ -66,9 +66,9 @@ def steps_command(
 ) -> None:
     """Steps of LoRA, full fine-tuning and the rival, in turns, each in a process of its own."""
     if only:
-        click.echo(json.dumps(measure(base, only, resolution, steps, batch, device)))
+        click.echo(json.dumps(measure(base, only, size, steps, batch, device)))
         return
-    settings = {"base": base, "resolution": resolution, "steps": steps, "batch": batch}
+    settings = {"base": base, "size": size, "steps": steps, "batch": batch}
     arguments = [f"--{name}={value}" for name, value in {**settings, "device": device}.items()]
     names = [name for name in methods.split(",") if name in METHODS]
     _tell(device, output, **settings, rounds=rounds, costs=compare(arguments, names, rounds))

@@ -17,8 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lora_unitune.adapter import layers
-from lora_unitune.families import Base
-from lora_unitune.families.schedule import add_noise, training_target
+from lora_unitune.families import Base, expanded
+from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.recipe import Recipe
 from lora_unitune.training.prepare import choose_rare_tokens
@@ -39,7 +39,7 @@ def train_rival(
     Args:
         photo: of any size.
         base: with adapters attached, or with weights made trainable.
-        recipe: its steps, batch, resolution and rare tokens are used.
+        recipe: its steps, batch, size and rare tokens are used.
         on_step: called after each step, with its number; True ends the training.
         rate: instead of the example's own.
         seed: of everything drawn.
@@ -49,27 +49,28 @@ def train_rival(
         if ".lora_A." in name:
             torch.nn.init.normal_(weight, std=1 / weight.shape[0])
     settings = recipe.fit
-    pixels = photo_to_tensor(load_photo(photo, recipe.photo.resolution or base.resolution))[0]
-    ids = base.tokenize(choose_rare_tokens(recipe, base))[0]
+    read, rare_tokens = load_photo(photo), choose_rare_tokens(recipe, base)
+    size = choose_size(read.image.size, recipe.photo, base.size, base.size_step)
+    pixels = photo_to_tensor(frame(read, size))[0]
     weights = [weight for found in layers.trainable_parameters(base).values() for weight in found]
     rate = rate or RATES[settings.method]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-2)
     copies: Any = [pixels] * settings.batch_size
     loader: DataLoader[Any] = DataLoader(copies, batch_size=settings.batch_size, shuffle=True)
-    alphas = base.alphas_cumprod.to(base.device)
+    schedule = base.schedule(size)
     half = torch.autocast(base.device.type, torch.bfloat16, enabled=base.device.type == "cuda")
     step = 0
     while step < settings.steps:
         for batch in loader:
-            mean, std = base.encode_photo(batch)
+            mean, std = base.encode(batch)
             latents = mean + std * torch.randn_like(mean)
             noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, len(alphas), (len(latents),), device=base.device)
-            noised = add_noise(latents, noise, timesteps, alphas)
+            index = torch.randint(0, len(schedule), (len(latents),))
+            noised, timesteps = schedule.add_noise(latents, noise, index), schedule.timesteps[index]
             with half:
-                embedded = base.embed(ids.expand(len(latents), -1))
-                predicted = base.predict(noised, timesteps, embedded)
-            target = training_target(latents, noise, timesteps, alphas, base.prediction_type)
+                condition = expanded(base.condition(rare_tokens), len(latents))
+                predicted = base.predict(noised, timesteps.to(base.device), condition)
+            target = schedule.target(latents, noise, index)
             F.mse_loss(predicted.float(), target.float()).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()

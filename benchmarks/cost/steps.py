@@ -16,8 +16,7 @@ from PIL import Image
 
 from lora_unitune import Adapter, Editor, Recipe, fit
 from lora_unitune.families import Base
-from lora_unitune.recipe import default_recipe
-from lora_unitune.training.fit import _adapted
+from lora_unitune.training.fit import _trainable
 
 from ..memory import Peak, of_adapter
 from .bases import make_base
@@ -34,13 +33,11 @@ def noise_photo() -> Image.Image:
 
 def recipe_for(base: Base, overrides: list[str]) -> Recipe:
     """Pocket's own recipe; for random bases the defaults of all settings, with nothing recomputed."""
-    recipe = default_recipe("pocket", "sd") if base.name == "pocket" else Recipe()
-    return recipe.override(overrides)
+    recipe = Recipe.load("pocket/default") if base.name == "pocket" else Recipe()
+    return base.family.complete(base.family.complete(recipe).override(overrides))
 
 
-def measure(
-    base_name: str, method: str, resolution: int, steps: int, batch: int, device: str
-) -> dict[str, Any]:
+def measure(base_name: str, method: str, size: str, steps: int, batch: int, device: str) -> dict[str, Any]:
     """Fits once, and edits with what was fitted; seconds and bytes of each phase."""
     peak, started = Peak(), time.perf_counter()
     dtype = torch.float32 if method.endswith("full") else None
@@ -50,7 +47,7 @@ def measure(
     row["load_base_peak_bytes"] = peak.bytes()
     kind = method.removeprefix("rival-")
     recipe = recipe_for(base, [f"fit.method={kind}", f"fit.steps={steps}", f"fit.batch_size={batch}",
-                               f"photo.resolution={resolution}", "edit.steps=4"])  # fmt: skip
+                               f"photo.size={size}", "edit.steps=4"])  # fmt: skip
     photo, moments = noise_photo(), [time.perf_counter()]
 
     def on_step(*_: Any) -> None:
@@ -62,7 +59,7 @@ def measure(
     if method == kind:
         adapter = fit(photo, base=base, recipe=recipe, on_step=on_step)
     else:
-        with _adapted(base, recipe, torch.Generator().manual_seed(0)):
+        with _trainable(base, recipe, torch.Generator().manual_seed(0)):
             train_rival(photo, base, recipe, on_step)
     row |= {"fit_seconds": time.perf_counter() - moments[0], "fit_peak_bytes": peak.bytes()}
     row["step_seconds"] = np.diff(moments)[1:].tolist()  # the first one has the preparation in it

@@ -19,8 +19,7 @@ from lora_unitune.adapter import layers
 from lora_unitune.editing.score import psnr
 from lora_unitune.families import Base, load_base
 from lora_unitune.pocket import world
-from lora_unitune.recipe import default_recipe
-from lora_unitune.training.fit import _adapted
+from lora_unitune.training.fit import _trainable
 
 from ..memory import Peak
 from .rival import RATES, train_rival
@@ -41,13 +40,16 @@ def reconstruction(base: Base, adapter: Adapter) -> float:
 
 def reach(scene: int, most: int, device: str) -> dict[str, Any]:
     """Seconds of this project's fit of a held-out scene, and of the rival's to the same reconstruction."""
-    base, recipe = load_base("pocket", device), default_recipe("pocket", "sd")
+    base, recipe = load_base("pocket", device), Recipe.load("pocket/default")
     photo = world.render(world.draw_scene(scene, "held-out"))
     started = time.perf_counter()
     ours = fit(photo, base=base, recipe=recipe)
     row: dict[str, Any] = {"scene": scene, "lora": {"seconds": time.perf_counter() - started}}
     row["lora"]["psnr"] = goal = reconstruction(base, ours)
-    for name, rate in {"rival": RATES["lora"], "rival at our rate": recipe.fit.unet_learning_rate}.items():
+    for name, rate in {
+        "rival": RATES["lora"],
+        "rival at our rate": recipe.lora["unet"].learning_rate,
+    }.items():
         row[name] = _rival_until(goal, photo, base, recipe, ours, rate, most)
         row[name]["times_lora"] = row[name]["seconds"] / row["lora"]["seconds"]
     return row
@@ -71,7 +73,7 @@ def _rival_until(
         mark = time.perf_counter()
         return bool(found["checked"][-1]["psnr"] >= goal)
 
-    with _adapted(base, recipe, torch.Generator().manual_seed(0)):
+    with _trainable(base, recipe, torch.Generator().manual_seed(0)):
         train_rival(photo, base, recipe, on_step, rate)
     last = found["checked"][-1]
     return {**found, "seconds": last["seconds"], "reached": last["psnr"] >= goal}
@@ -82,11 +84,10 @@ import time, sys
 begun = float(sys.argv[1])
 moments = {"interpreter": time.time()}
 from lora_unitune import Adapter, Editor
-from lora_unitune.adapter.convert import open_adapter
 moments["import"] = time.time()
 editor = Editor("pocket", device=sys.argv[3])
 moments["load the base"] = time.time()
-adapter = open_adapter(sys.argv[2])
+adapter = Adapter.load(sys.argv[2])
 editor._mount.use(adapter, 1.0)
 moments["prepare the adapter"] = time.time()
 edit = editor.edit(adapter, "a fox at night")
@@ -126,11 +127,11 @@ def first_picture(rounds: int, device: str) -> dict[str, Any]:
 
 
 def growth(steps: int, device: str) -> list[dict[str, Any]]:
-    """Seconds and peak memory of pocket's fits by resolution, batch and rank, and of edits by candidates."""
+    """Seconds and peak memory of pocket's fits by size, batch and rank, and of edits by candidates."""
     base, rows = load_base("pocket", device), list[dict[str, Any]]()
-    settings = [f"photo.resolution={side}" for side in (32, 64, 96, 128)]
+    settings = [f"photo.size={side}x{side}" for side in (32, 64, 96, 128)]
     settings += [f"fit.batch_size={batch}" for batch in (1, 2, 8, 16)]
-    settings += [f"lora.unet_rank={rank}" for rank in (1, 4, 8, 16)]
+    settings += [f"lora.unet.rank={rank}" for rank in (1, 4, 8, 16)]
     for setting in settings:
         moments, peak = list[float](), Peak()
         fit(noise_photo(), base=base, overrides=(setting, f"fit.steps={steps}"),

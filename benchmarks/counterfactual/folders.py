@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import load_photo
 
 from .measures import psnr, ssim
@@ -165,7 +166,7 @@ def measure_folder(pairs: Sequence[FolderPair], pictures: np.ndarray, scores: di
     """Scores of edited pictures (n, h, w, 3) uint8; PSNR and SSIM to the photo where nothing may change."""
     rows = []
     for pair, edited in zip(pairs, pictures, strict=True):
-        photo = np.asarray(load_photo(pair.file, len(edited)).image)
+        photo = np.asarray(frame(load_photo(pair.file), edited.shape[1::-1]).image)
         row = {name: score(photo, edited, pair.prompt) for name, score in scores.items()}
         mask = pair.mask(len(edited))
         keep = ~mask if mask is not None else np.ones(edited.shape[:2], dtype=bool)

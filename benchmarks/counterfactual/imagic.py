@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_unitune import Editor
 from lora_unitune.editing.sampling import sample
-from lora_unitune.families.schedule import add_noise, stratified_timesteps, training_target
-from lora_unitune.photo.reading import load_photo, photo_to_tensor
-from lora_unitune.recipe import EditSettings
+from lora_unitune.photo.reading import photo_to_tensor
+from lora_unitune.settings import EditSettings
+from lora_unitune.training.loop import denoising_error
 
-from .method import RESCALE, STEPS, Dials, Unfitted, embeddings, to_bytes
+from .method import RESCALE, STEPS, Dials, Unfitted, conditions, framed, to_bytes
+
+TEXT = (
+    "encoder_hidden_states"  # of the condition of Stable Diffusion 1.x and 2.x, which is all that runs here
+)
 
 
 class Imagic(Unfitted):
@@ -45,9 +48,8 @@ class Imagic(Unfitted):
         return np.concatenate([self._edit(editor, *one, dials) for one in zip(pairs, seeds, strict=True)])
 
     def _edit(self, editor: Editor, pair: Any, seed: int, dials: Dials) -> np.ndarray:
-        photo = load_photo(pair.image, editor.base.resolution)
-        mean, std = editor.base.encode_photo(photo_to_tensor(photo))
-        wanted = embeddings(editor, [pair.prompt])
+        mean, std = editor.base.encode(photo_to_tensor(framed(editor, pair.image)))
+        wanted = conditions(editor, [pair.prompt])[TEXT]
         found, learned = self._learn(editor, wanted, mean, std, seed, dials["unet_rate"])
         unet = editor.base.parts["unet"]
         with trainable(unet), torch.no_grad():
@@ -82,10 +84,8 @@ class Imagic(Unfitted):
             steps=STEPS, guidance_rescale=RESCALE, guidance=dials["guidance"], strength=strength
         )
         start = mean if strength < 1 else None
-        shape = editor.base.latent_shape()
-        return to_bytes(editor.base.decode(
-            sample(editor.base, shape, mixed, embeddings(editor, [""]), start, [seed], settings)
-        ))  # fmt: skip
+        base, empty = editor.base, conditions(editor, [""])
+        return to_bytes(base.decode(sample(base, base.size, {TEXT: mixed}, empty, start, [seed], settings)))
 
 
 def descend(
@@ -101,14 +101,11 @@ def descend(
     """Adam on the denoising loss of one photo, given an embedding (1, L, width)."""
     base, batch = editor.base, Imagic.batch
     optimizer = torch.optim.Adam(list(weights), lr=rate)
-    alphas = base.alphas_cumprod.to(base.device)
+    schedule, condition = base.schedule(), {TEXT: embedding}
     for _ in range(steps):
         drawn = torch.randn((2, batch, *mean.shape[1:]), generator=generator).to(base.device)
-        steps_ = stratified_timesteps(batch, len(alphas), generator).to(base.device)
-        clean = mean + std * drawn[0]
-        target = training_target(clean, drawn[1], steps_, alphas, base.prediction_type)
-        noised = add_noise(clean, drawn[1], steps_, alphas)
-        loss = F.mse_loss(base.predict(noised, steps_, embedding.expand(batch, -1, -1)), target)
+        index = schedule.draw(batch, generator)
+        loss = denoising_error(base, schedule, mean + std * drawn[0], drawn[1], index, condition)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

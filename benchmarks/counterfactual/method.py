@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_unitune import Editor
-from lora_unitune.photo.reading import load_photo, photo_to_tensor
+from lora_unitune.families import Condition, joined
+from lora_unitune.photo.framing import frame
+from lora_unitune.photo.reading import Photo, load_photo, photo_to_tensor
 
 Dials = dict[str, Any]
 RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
@@ -52,12 +54,16 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def embeddings(editor: Editor, texts: Sequence[str]) -> Tensor:
-    """(n, L, width) of texts, by the base as it is now."""
-    return torch.cat([editor.base.embed(editor.base.tokenize(text)[0]) for text in texts])
+def conditions(editor: Editor, texts: Sequence[str]) -> Condition:
+    """What the denoiser is told of texts, by the base as it is now; one batch."""
+    return joined(*(editor.base.condition(text) for text in texts))
+
+
+def framed(editor: Editor, photo: Any) -> Photo:
+    """A photo (an image or its file) at the base's own size."""
+    return frame(load_photo(photo), editor.base.size)
 
 
 def photo_latents(editor: Editor, pairs: Sequence[Any]) -> Tensor:
     """(1, c, h, w), scaled, of the photo that the pairs share."""
-    photo = load_photo(pairs[0].image, editor.base.resolution)
-    return editor.base.encode_photo(photo_to_tensor(photo))[0]
+    return editor.base.encode(photo_to_tensor(framed(editor, pairs[0].image)))[0]

@@ -22,12 +22,14 @@ from lora_unitune import Adapter, Editor, fit
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.editing.guidance import classifier_free_guidance, rescale_guidance
 from lora_unitune.editing.sampling import sample_edit
-from lora_unitune.photo.reading import load_photo, photo_to_tensor
+from lora_unitune.families import Condition, default_recipe, expanded, joined
+from lora_unitune.photo.reading import photo_to_tensor
 from lora_unitune.pocket.world import render
-from lora_unitune.recipe import EditSettings, default_recipe
+from lora_unitune.recipe import Recipe
+from lora_unitune.settings import EditSettings
 
 from .imagic import Imagic
-from .method import RESCALE, STEPS, Dials, Method, Unfitted, embeddings, photo_latents, to_bytes
+from .method import RESCALE, STEPS, Dials, Method, Unfitted, conditions, framed, photo_latents, to_bytes
 
 
 @dataclass
@@ -43,7 +45,7 @@ class UniTune:
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        edit = default_recipe("pocket", "sd").edit
+        edit = Recipe.load("pocket/default").edit
         self.grid = {
             "adapter_scale": tuple(dict.fromkeys((edit.adapter_scale, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3))),
             "guidance": (edit.guidance, 3.0),
@@ -81,12 +83,14 @@ class WithPlain:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tuned, name)
 
-    def predict(self, *batch: Tensor) -> Tensor:
-        if len(batch[0]) == self.count:
-            return self.tuned.predict(*batch)
-        halves = zip(*(tensor.chunk(2) for tensor in batch), strict=True)
-        pair = zip((self.plain, self.tuned), halves, strict=True)
-        return torch.cat([base.predict(*half) for base, half in pair])
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        if len(noisy) == self.count:
+            return self.tuned.predict(noisy, timesteps, condition)
+        half, predicted = self.count, []
+        for base, rows in ((self.plain, slice(0, half)), (self.tuned, slice(half, None))):
+            told = {name: tensor[rows] for name, tensor in condition.items()}
+            predicted.append(base.predict(noisy[rows], timesteps[rows], told))
+        return torch.cat(predicted)
 
 
 @torch.no_grad()
@@ -98,15 +102,14 @@ def guided_by_plain_weights(
     base, mount = editor.base, Mount(editor.base)
     plain = copy.copy(base)
     plain.parts = copy.deepcopy(base.parts)
-    empty = embeddings(editor, [""])
+    empty = conditions(editor, [""])
     mount.use(fitted, settings.adapter_scale)
     try:
         settings = dataclasses.replace(settings, unconditional="adapter")
-        prompted = embeddings(editor, texts)
-        rare = embeddings(editor, [fitted.rare_tokens]) if settings.residual and start is not None else None
+        prompted = conditions(editor, texts)
+        rare = conditions(editor, [fitted.rare_tokens]) if settings.residual and start is not None else None
         both = WithPlain(base, plain, len(texts) * (1 if rare is None else 2))
-        shape = base.latent_shape()
-        return base.decode(sample_edit(both, shape, prompted, rare, empty, start, seeds, settings))
+        return base.decode(sample_edit(both, base.size, prompted, rare, empty, start, seeds, settings))
     finally:
         mount.release()
 
@@ -176,15 +179,15 @@ class DDIMInversion(Unfitted):
         editor.release()
         base, count = editor.base, int(STEPS * dials["strength"])
         steps = [-1, *(round(1000 * (i + 1) / STEPS) - 1 for i in range(count))]  # -1: no noise
-        empty, texts = embeddings(editor, [""]), embeddings(editor, [pair.prompt for pair in pairs])
+        empty, texts = conditions(editor, [""]), conditions(editor, [pair.prompt for pair in pairs])
         latents = photo_latents(editor, pairs)
         for now, after in zip(steps, steps[1:], strict=False):
             predicted = base.predict(latents, torch.tensor([max(now, 0)]), empty)
             latents = ddim_step(base, latents, predicted, now, after)
-        latents, nothing = latents.repeat(len(pairs), 1, 1, 1), empty.expand_as(texts)
+        latents, both = latents.repeat(len(pairs), 1, 1, 1), joined(expanded(empty, len(pairs)), texts)
         for now, after in zip(steps[:0:-1], steps[-2::-1], strict=True):
             without, prompted = base.predict(
-                torch.cat([latents] * 2), torch.full((2 * len(pairs),), now), torch.cat([nothing, texts])
+                torch.cat([latents] * 2), torch.full((2 * len(pairs),), now), both
             ).chunk(2)
             guided = classifier_free_guidance(without, prompted, dials["guidance"])
             latents = ddim_step(base, latents, rescale_guidance(guided, prompted, RESCALE), now, after)
@@ -214,12 +217,13 @@ class LEdits:
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
         editor.release()
         unet = copy.deepcopy(editor.base.parts["unet"])  # the pipeline puts its own attention into it
-        if editor.base.prediction_type == "v_prediction":
+        schedule = editor.base.schedule()
+        if schedule.prediction == "v_prediction":
             unet.__class__ = NoiseUNet
-            unet.alphas = editor.base.alphas_cumprod
+            unet.alphas = schedule.alpha.square()
         scheduler = editor.base.make_scheduler().config
         pipeline = LEditsPPPipelineStableDiffusion(
-            vae=editor.base.vae,
+            vae=editor.base.frozen["vae"],
             text_encoder=editor.base.parts["text_encoder"],
             tokenizer=editor.base.tokenizer,
             unet=unet,
@@ -236,7 +240,7 @@ class LEdits:
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
-        photo = load_photo(pairs[0].image, editor.base.resolution).image
+        photo = framed(editor, pairs[0].image).image
         prompts = [pair.prompt for pair in pairs]
         return np.stack([self._edit(fitted, photo, *one, dials) for one in zip(prompts, seeds, strict=True)])
 
@@ -254,7 +258,7 @@ class ReturnPhoto(Unfitted):
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
-        return np.stack([np.asarray(load_photo(pair.image, editor.base.resolution).image) for pair in pairs])
+        return np.stack([np.asarray(framed(editor, pair.image).image) for pair in pairs])
 
 
 class Truth(Unfitted):
@@ -272,22 +276,22 @@ class TruthThroughVAE(Truth):
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
-        photos = [load_photo(render(pair.truth.scene), editor.base.resolution) for pair in pairs]
-        latents = [editor.base.encode_photo(photo_to_tensor(photo))[0] for photo in photos]
+        photos = [framed(editor, render(pair.truth.scene)) for pair in pairs]
+        latents = [editor.base.encode(photo_to_tensor(photo))[0] for photo in photos]
         return to_bytes(editor.base.decode(torch.cat(latents)))
 
 
 FULL = (
     "fit.method=full",
     "fit.steps=120",
-    "fit.unet_learning_rate=3e-4",
-    "fit.text_encoder_learning_rate=5e-5",
+    "lora.unet.learning_rate=3e-4",
+    "lora.text_encoder.learning_rate=5e-5",
 )
 METHODS: dict[str, Method] = {
     "lora": UniTune(),
-    "lora-rank1": UniTune(("lora.unet_rank=1", "lora.unet_alpha=1")),
-    "lora-rank8": UniTune(("lora.unet_rank=8", "lora.unet_alpha=8")),
-    "lora-unet": UniTune(("lora.text_encoder_rank=0",)),
+    "lora-rank1": UniTune(("lora.unet.rank=1",)),
+    "lora-rank8": UniTune(("lora.unet.rank=8",)),
+    "lora-unet": UniTune(("lora.text_encoder.rank=0",)),
     "full": UniTune(FULL),
     "sdedit": SDEdit(),
     "flowedit": FlowEdit(),
@@ -311,7 +315,8 @@ def ddim_step(base: Any, latents: Tensor, predicted: Tensor, now: int, after: in
         now: timestep; -1 is the clean picture.
         after: timestep to go to, likewise.
     """
-    here, there = (1.0 if t < 0 else float(base.alphas_cumprod[t]) for t in (now, after))
+    signal = base.schedule().alpha.square()
+    here, there = (1.0 if t < 0 else float(signal[t]) for t in (now, after))
     clean = here**0.5 * latents - (1 - here) ** 0.5 * predicted
     noise = here**0.5 * predicted + (1 - here) ** 0.5 * latents
     return there**0.5 * clean + (1 - there) ** 0.5 * noise

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import get_peft_model_state_dict
+from random_adapters import own
 from safetensors.torch import load_file
 
 from lora_unitune.adapter import layers
 from lora_unitune.errors import AdapterFileError, RecipeError
-from lora_unitune.families import Base
-from lora_unitune.recipe import LoraSettings
+from lora_unitune.families import Base, joined
+from lora_unitune.settings import LoraSettings
 
-WITH_CONVOLUTIONS = LoraSettings(
-    unet_rank=4, unet_alpha=2.0, unet_targets=("to_q", "to_out.0", "conv1", "ff.net.2"), text_encoder_rank=2
-)
+WITH_CONVOLUTIONS = {
+    "unet": LoraSettings(4, 2.0, ("to_q", "to_out.0", "conv1", "ff.net.2")),
+    "text_encoder": LoraSettings(2),
+    "text_encoder_2": LoraSettings(4),
+}
+Lora = Mapping[str, LoraSettings]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def attach_random(base: Base, lora: LoraSettings, seed: int = 0) -> dict[str, torch.Tensor]:
+def attach_random(base: Base, lora: Lora, seed: int = 0) -> dict[str, torch.Tensor]:
     """Attaches adapters with random A and B, as after a training, and returns their tensors."""
+    lora = own(base, lora)
     layers.attach(base, lora, seeded(seed))
     generator = seeded(seed + 1)
     drawn = {key: 0.2 * torch.randn(t.shape, generator=generator) for key, t in layers.collect(base).items()}
@@ -36,9 +42,8 @@ def attach_random(base: Base, lora: LoraSettings, seed: int = 0) -> dict[str, to
 @torch.no_grad()
 def answer(base: Base) -> torch.Tensor:
     """One deterministic pass through text encoder and UNet."""
-    embeddings = base.embed(base.tokenize("a red fox")[0])
     latents = torch.randn(1, 4, 16, 16, generator=seeded(9))
-    return base.predict(latents, torch.tensor([500]), embeddings)
+    return base.predict(latents, torch.tensor([500]), base.condition("a red fox"))
 
 
 def anatomy(base: Base) -> dict[str, tuple[int, bool, frozenset[str]]]:
@@ -55,8 +60,8 @@ def base(request: pytest.FixtureRequest) -> Base:
     return request.getfixturevalue(f"base{request.param}")
 
 
-@pytest.mark.parametrize("lora", [LoraSettings(), WITH_CONVOLUTIONS])
-def test_detaching_leaves_the_original_objects_and_weights(base: Base, lora: LoraSettings) -> None:
+@pytest.mark.parametrize("lora", [{}, WITH_CONVOLUTIONS])
+def test_detaching_leaves_the_original_objects_and_weights(base: Base, lora: Lora) -> None:
     before, weights = anatomy(base), {id(p): p.clone() for m in base.parts.values() for p in m.parameters()}
     expected = answer(base)
     attach_random(base, lora)
@@ -72,7 +77,7 @@ def test_detaching_leaves_the_original_objects_and_weights(base: Base, lora: Lor
 
 def test_a_new_adapter_changes_nothing(base: Base) -> None:
     expected = answer(base)
-    layers.attach(base, LoraSettings(), seeded())
+    layers.attach(base, own(base, {}), seeded())
     assert torch.equal(answer(base), expected)
 
 
@@ -90,13 +95,13 @@ def test_same_seed_same_tensors_whatever_the_global_state(base15: Base) -> None:
 
 
 def test_only_the_adapters_are_trainable(base15: Base) -> None:
-    layers.attach(base15, LoraSettings(), seeded())
+    layers.attach(base15, own(base15, {}), seeded())
     trainable = layers.trainable_parameters(base15)
     assert list(trainable) == ["unet", "text_encoder"]
     assert sum(map(len, trainable.values())) == len(layers.collect(base15))
     assert all(p.dtype == torch.float32 for group in trainable.values() for p in group)
     assert not any(child.training for module in base15.parts.values() for child in module.modules())
-    layers.attach(base15, LoraSettings(text_encoder_rank=0), seeded())
+    layers.attach(base15, own(base15, {"text_encoder": LoraSettings(0)}), seeded())
     assert list(layers.trainable_parameters(base15)) == ["unet"]
     layers.detach(base15)
     assert layers.trainable_parameters(base15) == {}
@@ -122,7 +127,9 @@ def test_diffusers_loads_the_tensors_at_the_same_strength(
         part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
         for part in base15.parts
     }
-    metadata = {part: layers.lora_config(part, WITH_CONVOLUTIONS).to_dict() for part in base15.parts}
+    metadata = {
+        part: layers.lora_config(own(base15, WITH_CONVOLUTIONS)[part]).to_dict() for part in base15.parts
+    }
     StableDiffusionPipeline.save_lora_weights(
         tmp_path,
         unet_lora_layers=by_part["unet"],
@@ -142,10 +149,10 @@ def test_diffusers_loads_the_tensors_at_the_same_strength(
 
 
 def test_collected_tensors_come_back_to_the_bit(base: Base) -> None:
-    tensors = attach_random(base, LoraSettings(), seed=1)
+    tensors = attach_random(base, {}, seed=1)
     expected = answer(base)
-    layers.attach(base, LoraSettings())
-    layers.load_in_place(layers.slots(base), tensors, LoraSettings())
+    layers.attach(base, own(base, {}))
+    layers.load_in_place(layers.slots(base), tensors, own(base, {}))
     assert torch.equal(answer(base), expected)
     collected = layers.collect(base)
     assert all(torch.equal(collected[key], tensors[key]) for key in tensors)
@@ -155,7 +162,7 @@ def test_collected_tensors_come_back_to_the_bit(base: Base) -> None:
 
 def test_scale_is_exact_at_zero_and_one_and_linear_between(base15: Base) -> None:
     plain = answer(base15)
-    attach_random(base15, LoraSettings(text_encoder_rank=0))
+    attach_random(base15, {"text_encoder": LoraSettings(0)})
     full = answer(base15)
     layers.set_scale(base15, {"unet": 0.0, "text_encoder": 0.0})
     assert torch.equal(answer(base15), plain)
@@ -170,7 +177,7 @@ def test_scale_is_exact_at_zero_and_one_and_linear_between(base15: Base) -> None
 
 def test_disabled_adapters_are_the_base_even_after_an_error(base: Base) -> None:
     plain = answer(base)
-    attach_random(base, LoraSettings())
+    attach_random(base, {})
     adapted = answer(base)
     trainable = sum(map(len, layers.trainable_parameters(base).values()))
     with layers.adapters_disabled(base):
@@ -182,24 +189,24 @@ def test_disabled_adapters_are_the_base_even_after_an_error(base: Base) -> None:
 
 
 def test_one_batch_holds_rows_with_and_without_the_adapter(base15: Base) -> None:
-    attach_random(base15, LoraSettings(unet_targets=("to_q", "to_v", "conv1", "time_emb_proj")))
-    embeddings = base15.embed(base15.tokenize("a red fox")[0])
+    attach_random(base15, {"unet": LoraSettings(8, targets=("to_q", "to_v", "conv1", "time_emb_proj"))})
+    condition = base15.condition("a red fox")
     latents = torch.randn(1, 4, 16, 16, generator=seeded(9))
     timesteps = torch.tensor([500])
-    adapted = base15.predict(latents, timesteps, embeddings)
+    adapted = base15.predict(latents, timesteps, condition)
     with layers.adapters_disabled(base15):
-        plain = base15.predict(latents, timesteps, embeddings)
+        plain = base15.predict(latents, timesteps, condition)
     with torch.no_grad(), layers.adapters_for_last(base15, 1):
         first, last = base15.predict(
-            torch.cat([latents] * 2), timesteps.repeat(2), torch.cat([embeddings] * 2)
+            torch.cat([latents] * 2), timesteps.repeat(2), joined(condition, condition)
         ).split(1)
     torch.testing.assert_close(first, plain, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(last, adapted, atol=1e-5, rtol=1e-4)
-    assert torch.equal(base15.predict(latents, timesteps, embeddings), adapted)
+    assert torch.equal(base15.predict(latents, timesteps, condition), adapted)
 
 
 def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(base15: Base) -> None:
-    layers.attach(base15, LoraSettings(), seeded())
+    layers.attach(base15, own(base15, {}), seeded())
     before = layers.collect(base15)
     key = list(before)[-1]
     missing = {name: tensor + 1 for name, tensor in before.items() if name != key}
@@ -209,7 +216,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(b
     misshapen = {name: tensor + 1 for name, tensor in before.items()} | {key: torch.zeros(3, 3)}
     for tensors, named in ((missing, key), (surplus, "unet.nowhere.lora_A.weight"), (misshapen, key)):
         with pytest.raises(AdapterFileError, match=f"'{named}'"):
-            layers.load_in_place(layers.slots(base15), tensors, LoraSettings())
+            layers.load_in_place(layers.slots(base15), tensors, own(base15, {}))
     after = layers.collect(base15)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -218,19 +225,17 @@ def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(b
     ("lora", "message"),
     [
         (
-            LoraSettings(unet_targets=("to_q", "to_kk")),
-            r"lora.unet_targets: 'to_kk' names no layer.*did you mean 'to_k'",
+            {"unet": LoraSettings(8, targets=("to_q", "to_kk"))},
+            r"lora.unet.targets: 'to_kk' names no layer.*did you mean 'to_k'",
         ),
         (
-            LoraSettings(text_encoder_targets=("to_q",)),
-            r"lora.text_encoder_targets: 'to_q' names no layer.*q_proj",
+            {"text_encoder": LoraSettings(4, targets=("to_q",))},
+            r"lora.text_encoder.targets: 'to_q' names no layer.*q_proj",
         ),
-        (LoraSettings(unet_targets=("attn1",)), r"'attn1' isn't a linear or convolution layer"),
+        ({"unet": LoraSettings(8, targets=("attn1",))}, r"'attn1' isn't a linear or convolution layer"),
     ],
 )
-def test_an_unknown_target_is_named_and_nothing_is_attached(
-    base15: Base, lora: LoraSettings, message: str
-) -> None:
+def test_an_unknown_target_is_named_and_nothing_is_attached(base15: Base, lora: Lora, message: str) -> None:
     before = anatomy(base15)
     with pytest.raises(RecipeError, match=message):
         layers.attach(base15, lora)
@@ -241,7 +246,7 @@ def test_adapters_on_a_half_precision_base_are_float32(tiny_sd15: Path) -> None:
     from lora_unitune.families import load_base
 
     base = load_base(str(tiny_sd15), "cpu", torch.bfloat16)
-    attach_random(base, LoraSettings())
+    attach_random(base, {})
     assert all(
         p.dtype == torch.float32 for group in layers.trainable_parameters(base).values() for p in group
     )

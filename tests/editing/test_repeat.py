@@ -70,7 +70,7 @@ def test_the_settings_hold_everything(base15: Base, editor: Editor, adapter: Ada
     settings = editor.edit(adapter, "a fox").settings
     assert settings["prompt"] == "a fox" and settings["rare_tokens"] == adapter.rare_tokens
     assert settings["fingerprint"] == base15.fingerprint
-    assert settings["resolution"] == base15.resolution
+    assert settings["size"] == list(base15.size)
     assert settings["guidance"] == EDIT.guidance and settings["steps"] == EDIT.steps
     assert {"lora_unitune", "torch", "diffusers"} <= settings.keys()
 

@@ -20,7 +20,7 @@ from lora_unitune.training.fit import fit
 
 def answer(base: Base) -> torch.Tensor:
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    return base.predict(latents, torch.tensor([500]), base.embed(base.tokenize("a dog")[0]))
+    return base.predict(latents, torch.tensor([500]), base.condition("a dog"))
 
 
 def linear_bytes(base: Base) -> int:

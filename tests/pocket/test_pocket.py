@@ -76,7 +76,7 @@ def test_plain_diffusers_draws_the_same(editor: Editor, adapter: Adapter, file: 
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(file)
     text = f"{adapter.rare_tokens} a fox at night"
-    noise = torch.randn((1, *editor.base.latent_shape()), generator=torch.Generator().manual_seed(7))
+    noise = torch.randn((1, *editor.base.sample_shape()), generator=torch.Generator().manual_seed(7))
     drawn = pipeline(
         text, latents=noise, num_inference_steps=6, guidance_scale=5.0, guidance_rescale=0.7, output_type="np"
     ).images[0]
@@ -86,5 +86,4 @@ def test_plain_diffusers_draws_the_same(editor: Editor, adapter: Adapter, file: 
 
 
 def test_rare_tokens_are_not_words_of_a_caption(editor: Editor) -> None:
-    embeddings = editor.base.parts["text_encoder"].get_input_embeddings().weight
-    assert set(rank_rare_tokens(editor.base.tokenizer, embeddings, limit=10)) <= set(rare_words())
+    assert set(rank_rare_tokens(editor.base.vocabulary(), limit=10)) <= set(rare_words())

@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lora_unitune.editing.editor import Editor
 from lora_unitune.families import POCKET_FOLDER, Base, load_base
 from lora_unitune.families.sd import StableDiffusionBase
-from lora_unitune.recipe import EditSettings, default_recipe
+from lora_unitune.recipe import Recipe
+from lora_unitune.settings import EditSettings
 from lora_unitune.training.rare_tokens import find_rare_tokens
 
 from .. import world
@@ -84,7 +85,7 @@ def shares_right(pipeline: StableDiffusionPipeline, device: str, count: int = 64
     names = ("unet", "vae", "tokenizer", "scheduler", "text_encoder")
     parts = {name: getattr(pipeline, name) for name in names}
     base = StableDiffusionBase("pocket", **parts, device=torch.device(device), dtype=torch.float32)
-    _, rows, _ = examine(base, count, default_recipe("pocket", "sd").edit)
+    _, rows, _ = examine(base, count, Recipe.load("pocket/default").edit)
     return {field: parts["all"]["share"] for field, parts in rows.items() if parts["all"]["of"]}
 
 
@@ -153,14 +154,12 @@ def main(
 ) -> None:
     given = {"guidance": guidance, "steps": steps}
     overrides = [f"edit.{name}={value}" for name, value in given.items() if value is not None]
-    settings = default_recipe("pocket", "sd").override(overrides).edit
+    settings = Recipe.load("pocket/default").override(overrides).edit
     loaded = load_base(str(base), "cpu")
     context.obj = (loaded, settings)
     if context.invoked_subcommand:
         return
-    text_encoder: Any = loaded.parts["text_encoder"]
-    embeddings = text_encoder.get_input_embeddings().weight
-    words = find_rare_tokens(loaded.tokenizer, embeddings) if rare else ""
+    words = find_rare_tokens(loaded.vocabulary()) if rare else ""
     pictures, rows, mistaken = examine(loaded, prompts, settings, words)
     if sheet:
         grid(pictures[:64], 8, [""] * 8).save(sheet)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTextModel
 
-from ...families.schedule import add_noise, stratified_timesteps, training_target
+from ...families.schedule import NoiseSchedule
 from .. import world
 from ..world.drawing import SUNS
 from ..world.pictures import to_pixels
@@ -213,7 +213,8 @@ def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -
         torch.arange(HELD_OUT) * 1000 // HELD_OUT,
     )
     steps = steps.to(device)
-    noisy, a = add_noise(clean, noise, steps, alphas), alphas[steps].view(-1, 1, 1, 1)
+    schedule = NoiseSchedule.diffusion(alphas, "v_prediction")
+    noisy, a = schedule.add_noise(clean, noise, steps), alphas[steps].view(-1, 1, 1, 1)
     texts = [
         world.caption(world.draw_scene(i, "held-out"), random.Random(i + 10**6)) for i in range(HELD_OUT)
     ]
@@ -265,6 +266,7 @@ def train_unet(
     things["head"] = observer.head
     stage.resume(things)
     alphas, around = build_scheduler().alphas_cumprod.to(device), object_weights(drawn, mean.shape[-1])
+    schedule = NoiseSchedule.diffusion(alphas, "v_prediction")
     mean, std, around, labels = (t.to(device) for t in (mean, std, around, poses_and_suns(drawn)))
     generator = torch.Generator().manual_seed(stage.step)
     noises = torch.Generator(device).manual_seed(10**6 + stage.step)
@@ -275,12 +277,12 @@ def train_unet(
         chosen, ids = (t.to(device) for t in next(batches))
         noise = torch.randn((2, batch, *mean.shape[1:]), generator=noises, device=device)
         clean = (mean[chosen].float() + std[chosen].float() * noise[0]) * scale
-        steps = concentrate(stratified_timesteps(batch, 1000, generator)).to(device)
-        noisy = add_noise(clean, noise[1], steps, alphas)
+        steps = concentrate(schedule.draw(batch, generator)).to(device)
+        noisy = schedule.add_noise(clean, noise[1], steps)
         with _half(device):  # never compiled: with torch 2.13, half of the UNet got no gradient at all
             embedded = encoder(ids).last_hidden_state
             v, names = observer(noisy.to(memory_format=torch.channels_last), steps, embedded)
-        target = training_target(clean, noise[1], steps, alphas, "v_prediction")
+        target = schedule.target(clean, noise[1], steps)
         error = (v.float() - target).square() * where_seen(around[chosen], steps)
         loss = (error.mean((1, 2, 3)) * weights_of_timesteps(steps, alphas)).mean()
         pose, sun = names.float().split((len(POSES), len(SUNS)), dim=1)
