@@ -252,7 +252,7 @@ def test_another_tools_file_opens_with_a_trigger(
     tensors.pop(PHOTO_KEY, None)
     foreign = tmp_path / "foreign.safetensors"
     save_file(tensors, foreign, kept)
-    with pytest.raises(PromptError, match="tokens"):
+    with pytest.raises(PromptError, match="trigger"):
         editor.edit(Adapter.load(foreign), "a fox", strength=1.0)
     opened = Adapter.load(foreign, "zqrt  ohwx")
     assert opened.rare_tokens == "zqrt ohwx" and describe(foreign)["fingerprint"] == ""

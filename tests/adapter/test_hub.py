@@ -80,7 +80,7 @@ def test_the_command_lines_dry_run_shows_everything_and_sends_nothing(
                  "zqrt ohwx", "nothing was sent"):  # fmt: skip
         assert said in shown
     answer = json.loads(run(*arguments, "--json").stdout)
-    assert answer["pushed"] is None and answer["files"].keys() == {"photo.safetensors", "sample-1.png"}
+    assert answer["files"].keys() == {"photo.safetensors", "sample-1.png"}
     assert answer["card"] in shown
     assert not stand_in.folder.exists()
 
