@@ -17,9 +17,12 @@ FILES = sorted(path for path in FOLDER.glob("v*-*") if "-image" not in path.name
 
 
 def test_there_is_one_of_each_layout_and_family() -> None:
-    names = {path.stem.partition("-")[2] for path in FILES}
-    assert names >= {
-        f"{family}-{layout}" for family in ("sd", "sdxl") for layout in ("diffusers", "kohya", "peft")
+    layouts = {"v1": ("diffusers", "kohya", "peft"), "v2": ("diffusers", "kohya", "peft", "int8")}
+    assert {path.stem for path in FILES} == {
+        f"{version}-{family}-{layout}"
+        for version, names in layouts.items()
+        for family in ("sd", "sdxl")
+        for layout in names
     }
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.adapter.header import FORMAT_VERSION
+from lora_unitune.adapter.int8 import pack, unpack
 from lora_unitune.editing.editor import Editor
 from lora_unitune.families import load_base
 
@@ -42,7 +43,9 @@ def write(family: str, save: Callable[[Path], Path]) -> None:
     adapter = replace(make_adapter(base, lora, size=SIZE), date="2026-11-23", photo_digest="0123abcd" * 4)
     start = f"v{FORMAT_VERSION}-{family}"
     first = FOLDER / f"{start}-diffusers.safetensors"
-    adapter.save(first)
+    rounded = replace(adapter, tensors=unpack(pack(adapter.tensors)))  # so that 8 bits hold it all
+    rounded.save(first)
+    rounded.save(FOLDER / f"{start}-int8.safetensors", dtype=torch.int8)
     convert(first, "kohya", FOLDER / f"{start}-kohya.safetensors")
     convert(first, "peft", FOLDER / f"{start}-peft")
     again = Adapter.load(first)
