@@ -82,15 +82,16 @@ def test_a_new_adapter_changes_nothing(base: Base) -> None:
 
 
 def test_same_seed_same_tensors_whatever_the_global_state(base15: Base) -> None:
-    layers.attach(base15, WITH_CONVOLUTIONS, seeded(5))
+    lora = own(base15, WITH_CONVOLUTIONS)
+    layers.attach(base15, lora, seeded(5))
     first = layers.collect(base15)
     torch.manual_seed(77)
     state = torch.get_rng_state()
-    layers.attach(base15, WITH_CONVOLUTIONS, seeded(5))
+    layers.attach(base15, lora, seeded(5))
     second = layers.collect(base15)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
-    layers.attach(base15, WITH_CONVOLUTIONS, seeded(6))
+    layers.attach(base15, lora, seeded(6))
     assert not all(torch.equal(first[key], tensor) for key, tensor in layers.collect(base15).items())
 
 
