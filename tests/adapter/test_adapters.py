@@ -122,8 +122,10 @@ def test_keys_are_those_diffusers_writes(base: Base, tmp_path: Path) -> None:
 def test_diffusers_loads_the_tensors_at_the_same_strength(
     base15: Base, tiny_sd15: Path, tmp_path: Path
 ) -> None:
+    bare = answer(base15)
     tensors = attach_random(base15, WITH_CONVOLUTIONS)
     expected = answer(base15)
+    assert (expected - bare).abs().max() > 1e-2
     by_part = {
         part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
         for part in base15.parts
@@ -180,6 +182,7 @@ def test_disabled_adapters_are_the_base_even_after_an_error(base: Base) -> None:
     plain = answer(base)
     attach_random(base, {})
     adapted = answer(base)
+    assert not torch.equal(adapted, plain)
     trainable = sum(map(len, layers.trainable_parameters(base).values()))
     with layers.adapters_disabled(base):
         assert torch.equal(answer(base), plain)
@@ -197,6 +200,7 @@ def test_one_batch_holds_rows_with_and_without_the_adapter(base15: Base) -> None
     adapted = base15.predict(latents, timesteps, condition)
     with layers.adapters_disabled(base15):
         plain = base15.predict(latents, timesteps, condition)
+    assert (adapted - plain).abs().max() > 1e-2
     with torch.no_grad(), layers.adapters_for_last(base15, 1):
         first, last = base15.predict(
             torch.cat([latents] * 2), timesteps.repeat(2), joined(condition, condition)
