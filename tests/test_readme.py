@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import lora_unitune
+from benchmarks.readme import BEGIN, END, RESULTS, with_table
 from lora_unitune.cli import main
 
 if sys.version_info >= (3, 11):
@@ -127,3 +129,16 @@ def test_what_the_set_up_commands_name_is_there() -> None:
         assert named <= project["optional-dependencies"].keys()
     assert any("lora-unitune demo" in line for line in SHELL if line.startswith("pip install"))
     assert any("python -m pytest" in line for line in SHELL if line.startswith("pip install"))
+
+
+def test_the_table_is_that_of_the_results() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert with_table(README, results) == README, "run python -m benchmarks.readme"
+    assert "**LoRA** (ours) |" in with_table(f"{BEGIN}\n{END}", results)
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) < 140
+    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
+            assert "://" in target or (file.parent / target).exists(), f"{file.name}: {target}"

@@ -104,7 +104,9 @@ def test_tensors_that_dont_fit_the_base_are_one_line_and_change_nothing(
                 editor.edit(replace(made, tensors=tensors), "a fox")
             assert "\n" not in str(caught.value)
             assert editor.edit(adapter, "a fox", steps=2).image.tobytes() == good
-    unfit = replace(adapter, recipe=replace(adapter.recipe, lora=changed(LORA, unet={"targets": ("nothing",)})))
+    unfit = replace(
+        adapter, recipe=replace(adapter.recipe, lora=changed(LORA, unet={"targets": ("nothing",)}))
+    )
     with pytest.raises(AdapterFileError, match="doesn't suit the base"):
         editor.edit(unfit, "a fox")
     misshapen = replace(adapter, photo_latents=torch.ones(1, 4, 3, 3))
