@@ -131,17 +131,6 @@ FAMILIES: dict[str, Family] = {
 """The table of families, by name."""
 
 
-def family_of_file(shapes: Mapping[str, tuple[int, ...]], keys: Any = ()) -> Family:
-    """Returns the family of a file that doesn't say it: the one that surely owns it, else the first.
-
-    Args:
-        shapes: of its tensors, by this package's keys.
-        keys: of the file, as they are written in it.
-    """
-    rows = list(FAMILIES.values())
-    return next((row for row in reversed(rows) if row.owns(shapes, keys)), rows[0])
-
-
 class Vocabulary(Protocol):
     """What rare tokens are looked for in: a base's tokenizer and the embeddings of its tokens."""
 

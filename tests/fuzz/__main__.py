@@ -22,10 +22,14 @@ from typing import Any
 import torch
 
 import lora_unitune
-from lora_unitune.adapter.adapter import Adapter, describe
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.describe import describe
 from lora_unitune.errors import AdapterFileError
-from lora_unitune.recipe import LoraSettings, Recipe
+from lora_unitune.families import FAMILIES
+from lora_unitune.recipe import Recipe
+from lora_unitune.settings import LoraSettings
 
+GOLDEN = Path(__file__).parent.parent / "golden"
 MOST_STEPS = 20_000  # for one file of these few layers; see `few_steps`
 LARGEST_PEAK = 2**18  # bytes of Python objects while one file is opened, beside 4 for each of its own
 LARGEST_GROWTH = 64 * 2**20  # bytes that the process may grow by, over all files
@@ -75,9 +79,8 @@ def example(
     layout: Any, family: str, fingerprint: str = "0123456789abcdef", dtype: Any = torch.float16
 ) -> bytes:
     """Returns a small adapter file of each kind of tensor; without a fingerprint, as other tools write it."""
-    lora = LoraSettings(
-        unet_rank=2, unet_targets=("to_q", "to_k", "conv1"), text_encoder_rank=1, text_encoder_2_rank=1
-    )
+    lora = {part: LoraSettings(1) for part in FAMILIES[family].parts}
+    lora["unet"] = LoraSettings(2, targets=("to_q", "to_k", "conv1"))
     shapes = LAYERS[family]
     sides = ("lora_A", "lora_B")
     tensors = {
@@ -88,12 +91,12 @@ def example(
     adapter = Adapter(
         tensors=tensors,
         rare_tokens="zqrt ohwx",
-        recipe=Recipe(lora=lora),
+        recipe=FAMILIES[family].complete(Recipe(lora=lora)),
         base="pocket",
         fingerprint=fingerprint,
         photo_latents=torch.ones(1, 4, 2, 2) if fingerprint else None,
         family=family,
-        resolution=64,
+        size=(96, 64),
         seed=1,
         seconds=2.0,
         date="2026-01-02",
@@ -272,6 +275,9 @@ def open_mutated(count: int, seed: int = 0) -> Counter[str]:
     examples = [example(layout, family, fingerprint) for layout in ("diffusers", "kohya")
                 for family in LAYERS for fingerprint in ("0123456789abcdef", "")]  # fmt: skip
     examples += [example("diffusers", family, dtype=torch.int8) for family in LAYERS]
+    examples += [
+        path.read_bytes() for path in sorted(GOLDEN.glob("v1-*-*.safetensors")) if "image" not in path.name
+    ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated.safetensors"
