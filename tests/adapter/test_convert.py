@@ -260,6 +260,8 @@ def test_another_tools_file_opens_with_a_trigger(
         editor.pixels(each, ["zqrt a fox"], "", None, [0], settings) for each in (adapter, opened)
     )
     assert (ours - theirs).abs().max() <= 1e-5
+    plain = editor.pixels(None, ["zqrt a fox"], "", None, [0], settings)
+    assert (ours - plain).abs().max() > 1e-2
     assert editor.edit(opened, "a fox", strength=1.0, steps=2).prompt == "zqrt ohwx a fox"
     convert(foreign, "diffusers", tmp_path / "again.safetensors")
     again = Adapter.load(tmp_path / "again.safetensors")
@@ -282,8 +284,11 @@ def test_alphas_that_differ_from_layer_to_layer_are_kept(
     save_file(tensors, path)
     settings = replace(EDIT, strength=1.0)
     ours = editor.pixels(replace(adapter, tensors=expected), ["zqrt"], "", None, [0], settings)
-    theirs = editor.pixels(Adapter.load(path), ["zqrt"], "", None, [0], settings)
+    theirs, with_one_alpha = (
+        editor.pixels(each, ["zqrt"], "", None, [0], settings) for each in (Adapter.load(path), adapter)
+    )
     assert (ours - theirs).abs().max() <= 1e-5
+    assert (ours - with_one_alpha).abs().max() > 1e-2
 
 
 def test_layers_of_lower_rank_draw_as_if_filled_with_zeros(base15: Base, editor: Editor) -> None:

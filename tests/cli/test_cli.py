@@ -136,7 +136,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, tiny_sd15: Path, photo: Pa
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from lora_unitune.cli import main; main()"
     )
-    given = ["fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, "--set", "fit.steps=100000"]
+    given = ["fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, "--set", "fit.steps=5000"]
     command = [sys.executable, "-c", code, *map(str, given)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -144,7 +144,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, tiny_sd15: Path, photo: Pa
             if line.startswith("fitting"):
                 break
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate()
     assert process.returncode == 130 and output == ""
     assert errors.splitlines() == ["stopped; nothing was written"]
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]

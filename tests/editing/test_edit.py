@@ -107,6 +107,8 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
         output_type="pt",
     ).images
     assert (ours - theirs).abs().max() <= 1e-4
+    plain = Editor(base).pixels(None, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
+    assert (ours - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
