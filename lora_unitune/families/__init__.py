@@ -31,7 +31,7 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 Condition = dict[str, "Tensor"]
-"""All that a denoiser is told beside the noised picture and the time; batch first; the names are the family's."""
+"""All that a denoiser receives beside the noised picture and the time; batch first; names are the family's."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ FAMILIES: dict[str, Family] = {
 class Vocabulary(Protocol):
     """What rare tokens are looked for in: a base's tokenizer and the embeddings of its tokens."""
 
-    room: int
-    """Tokens that a prompt may have."""
+    prompt_length: int
+    """How many tokens a prompt may have."""
 
     def words(self) -> dict[str, int]:
         """Returns the words that are one token -> its number; later numbers are rarer."""
@@ -209,7 +209,7 @@ class Base(Protocol):
         ...
 
     def condition(self, prompt: str) -> Condition:
-        """Returns what the denoiser is told of a prompt, with a batch of 1. Gradients flow through the parts."""
+        """Returns a prompt's condition, with a batch of 1. Gradients flow through the parts."""
         ...
 
     def vocabulary(self) -> Vocabulary:
