@@ -1,4 +1,4 @@
-"""How small an adapter file may be before its edits suffer, and which layers earn their bytes.
+"""How small an adapter file may be before its edits suffer, and which layers matter for their bytes.
 
     python -m benchmarks.compression --photos 8 -o benchmarks/results/compression.json
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -194,11 +193,15 @@ def kind_of(section: type[Section], name: str, key: str) -> Any:
     return kinds[key]
 
 
-@functools.cache
+_KINDS: dict[type[Section], dict[str, Any]] = {}
+
+
 def _kinds(section: type[Section]) -> dict[str, Any]:
-    """Returns the types of a section's settings."""
-    hints = get_type_hints(section)
-    return {setting.name: hints[setting.name] for setting in dataclasses.fields(section)}
+    """Returns the types of a section's settings, which take long to find out and are kept."""
+    if section not in _KINDS:
+        hints = get_type_hints(section)
+        _KINDS[section] = {setting.name: hints[setting.name] for setting in dataclasses.fields(section)}
+    return _KINDS[section]
 
 
 def make_section(kind: type[S], name: str, values: Mapping[str, Any], before: S | None = None) -> S:

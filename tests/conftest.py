@@ -266,6 +266,11 @@ def weights_of(base: Base) -> dict[str, torch.Tensor]:
     }
 
 
+def has_adapters(base: Base) -> bool:
+    """Says whether any part of the base carries an adapter."""
+    return any("lora_A" in name for module in base.parts.values() for name, _ in module.named_modules())
+
+
 def unchanged(base: Base, before: dict[str, torch.Tensor]) -> bool:
     """Says whether the base's tensors are those of `weights_of` before, bit for bit."""
     after = weights_of(base)

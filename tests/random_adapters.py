@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,9 +40,10 @@ def changed(lora: Lora, **parts: dict[str, Any]) -> dict[str, LoraSettings]:
     return {**lora, **{part: replace(lora[part], **values) for part, values in parts.items()}}
 
 
-def adapter_shapes(base: Base, lora: Lora) -> dict[str, torch.Size]:
-    """Returns the shapes of an adapter's tensors, found by attaching one."""
-    attach(base, lora)
+@functools.cache
+def adapter_shapes(base: Base, settings: tuple[tuple[str, LoraSettings], ...]) -> dict[str, torch.Size]:
+    """Returns the shapes of an adapter's tensors, found by attaching one, once."""
+    attach(base, dict(settings))
     shapes = {key: tensor.shape for key, tensor in collect(base).items()}
     detach(base)
     return shapes
@@ -53,7 +55,7 @@ def make_adapter(
     """Returns an adapter for a base with random tensors, large enough to change its images."""
     generator = torch.Generator().manual_seed(seed)
     lora = own(base, lora)
-    shapes = adapter_shapes(base, lora)
+    shapes = adapter_shapes(base, tuple(lora.items()))
     return Adapter(
         tensors={key: torch.randn(shape, generator=generator) / 4 for key, shape in shapes.items()},
         rare_tokens="zqrt ohwx",

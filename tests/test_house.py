@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
 import subprocess
 import sys
+import token
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -25,6 +29,32 @@ FOLDERS = (
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 LONGEST_FILE = 400  # lines
+
+FAMILY_WORDS = re.compile(
+    "unet|text_encoder|alphas_cumprod|(?<![a-z])vae(?![a-z])|sdxl|sd15|stablediffusion|cliptext|hidden_states|"
+    r"time_ids|attn2|(?<![a-z])to_k(?![a-z])|^[rbuf]*[\"']+sd[\"']+$",
+    re.IGNORECASE,
+)
+"""The families' names, and words of their inside: parts, layers, classes, arguments."""
+
+NOT_YET = {
+    "adapter.adapter",
+    "adapter.checks",
+    "adapter.compress",
+    "adapter.convert",
+    "adapter.header",
+    "adapter.kohya",
+    "cli.doctor",
+    "editing.editor",
+    "editing.sampling",
+    "pocket.world.examiner",
+    "pocket.world.pictures",
+    "recipe",
+    "training.fit",
+    "training.memory",
+    "training.prepare",
+}
+"""Modules outside of the families that still have such words."""
 
 
 def folder_of(module: str) -> str:
@@ -153,3 +183,61 @@ def test_files_are_short_and_check_users_with_errors(path: Path) -> None:
     assert "utils" not in path.stem
     asserts = [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
     assert not asserts, f"assert in lines {asserts}; raise an error that tells what to do"
+
+
+def docstring_lines(source: str) -> set[int]:
+    """Returns the first lines of all texts that stand alone as a statement: docstrings, also of constants."""
+    return {
+        node.value.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+
+
+def family_words(source: str) -> list[str]:
+    """Returns the names and strings of a file's code that hold a family's word, each after its line.
+
+    Comments and docstrings may speak of a family, so they don't count.
+    """
+    documented = docstring_lines(source)
+    kinds = {token.NAME, token.STRING, getattr(token, "FSTRING_MIDDLE", token.STRING)}
+    return [
+        f"{piece.start[0]}: {piece.string}"
+        for piece in tokenize.generate_tokens(io.StringIO(source).readline)
+        if piece.type in kinds
+        and FAMILY_WORDS.search(piece.string)
+        and not (piece.type == token.STRING and piece.start[0] in documented)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("unet = 1", ["1: unet"]),
+        ("def f(text_encoder_rank): pass", ["1: text_encoder_rank"]),
+        ("from diffusers import UNet2DConditionModel", ["1: UNet2DConditionModel"]),
+        ("x = base.vae", ["1: vae"]),
+        ("x = 'down.attn2.to_k'", ["1: 'down.attn2.to_k'"]),
+        ("f(\n    'sd')", ["2: 'sd'"]),
+        ("x = f'{y}_unet'", ["1: _unet" if sys.version_info >= (3, 12) else "1: f'{y}_unet'"]),
+        ("x = f'{unet}'", ["1: unet" if sys.version_info >= (3, 12) else "1: f'{unet}'"]),
+        ('"""The unet."""\nx = 1\n"""Of the vae."""', []),
+        ('def f():\n    """The unet\n    and its vae."""\n    return 1', []),
+        ("x = 1  # the unet", []),
+        ("x = (\n    1,  # 'sd'\n)", []),
+        ("usd = 'sdk'", []),
+        ("total_to_keep, elevae = 'a sd card', 1", []),
+    ],
+)
+def test_family_words_are_seen_in_code_alone(source: str, found: list[str]) -> None:
+    assert family_words(source) == found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_only_families_know_a_family(path: Path) -> None:
+    module = module_of(path)
+    if folder_of(module) in ("families", "pocket.pretraining"):  # the second trains one particular base
+        return
+    assert module in NOT_YET or not family_words(path.read_text(encoding="utf-8"))

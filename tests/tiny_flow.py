@@ -87,7 +87,7 @@ class Reader(nn.Module):
 class Letters:
     """A vocabulary of made-up words, each of one token: the bytes have none of their own."""
 
-    room = LENGTH
+    prompt_length = LENGTH
 
     def words(self) -> dict[str, int]:
         return {"fox": 1, "dog": 2, "zqr": 200, "vkp": 201, "jmq": 202}

@@ -113,7 +113,7 @@ def descend(
 
 @contextlib.contextmanager
 def trainable(module: torch.nn.Module) -> Iterator[None]:
-    """Inside the `with` block the weights learn; afterwards they are as they were, to the bit."""
+    """Inside the `with` block the weights learn; afterwards they are as they were, bit for bit."""
     kept = [weight.detach().clone() for weight in module.parameters()]
     module.requires_grad_(True)
     try:

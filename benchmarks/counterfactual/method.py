@@ -55,7 +55,7 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def conditions(editor: Editor, texts: Sequence[str]) -> Condition:
-    """What the denoiser is told of texts, by the base as it is now; one batch."""
+    """The conditions of texts, by the base as it is now; one batch."""
     return joined(*(editor.base.condition(text) for text in texts))
 
 

@@ -88,8 +88,8 @@ class WithPlain:
             return self.tuned.predict(noisy, timesteps, condition)
         half, predicted = self.count, []
         for base, rows in ((self.plain, slice(0, half)), (self.tuned, slice(half, None))):
-            told = {name: tensor[rows] for name, tensor in condition.items()}
-            predicted.append(base.predict(noisy[rows], timesteps[rows], told))
+            own = {name: tensor[rows] for name, tensor in condition.items()}
+            predicted.append(base.predict(noisy[rows], timesteps[rows], own))
         return torch.cat(predicted)
 
 

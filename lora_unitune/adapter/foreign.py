@@ -15,18 +15,18 @@ from lora_unitune.recipe import Recipe
 from lora_unitune.settings import LoraSettings
 
 
-def family_of(found: Mapping[str, tuple[int, ...]]) -> Family:
+def family_of(shapes: Mapping[str, tuple[int, ...]]) -> Family:
     """Returns the family of a file that doesn't say it: one that surely owns it, else one with all its layers.
 
     Args:
-        found: Shapes of its tensors, by the names in the file.
+        shapes: Shapes of its tensors, by the names in the file.
     """
     rows = list(FAMILIES.values())
-    named = [{kohya.our_key(key, row): shape for key, shape in found.items()} for row in rows]
-    for row, shapes in reversed(list(zip(rows, named, strict=True))):
-        if row.owns({key: shape for key, shape in shapes.items() if key}, found):
+    named = [{kohya.our_key(key, row): shape for key, shape in shapes.items()} for row in rows]
+    for row, ours in reversed(list(zip(rows, named, strict=True))):
+        if row.owns({key: shape for key, shape in ours.items() if key}, shapes):
             return row
-    return next((row for row, shapes in zip(rows, named, strict=True) if None not in shapes), rows[0])
+    return next((row for row, ours in zip(rows, named, strict=True) if None not in ours), rows[0])
 
 
 def foreign_values(

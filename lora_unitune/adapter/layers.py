@@ -92,11 +92,6 @@ def attach(base: Base, lora: Mapping[str, LoraSettings], generator: torch.Genera
         module.eval()
 
 
-def is_attached(base: Base) -> bool:
-    """Says whether any part of the base carries an adapter."""
-    return any(True for module in base.parts.values() for _ in _layers(module))
-
-
 def collect(base: Base) -> dict[str, Tensor]:
     """Returns copies of the attached adapters' tensors, float32 on the CPU.
 

@@ -39,13 +39,15 @@ def _recipe(recipe: Mapping[str, Any], family: Family) -> dict[str, Any]:
         size = side if type(side) is not int else f"{side}x{side}" if side else ""
         others = {key: value for key, value in photo.items() if key != "resolution"}
         sections["photo"] = {**others, "size": size}
-    if not isinstance(lora, Mapping) or not isinstance(fit, Mapping):
+    if not isinstance(lora, Mapping):
         return sections
     known = {part for each in FAMILIES.values() for part in each.parts}
+    rates: dict[str, Any] = {}
+    if isinstance(fit, Mapping):
+        names = {f"{part}_learning_rate" for part in known}
+        rates = {key: value for key, value in fit.items() if key in names}
+        sections["fit"] = {key: value for key, value in fit.items() if key not in rates}
     sections["lora"] = {key: value for key, value in lora.items() if _part_of(key) not in known}
-    sections["fit"] = {
-        key: value for key, value in fit.items() if key.removesuffix("_learning_rate") not in known
-    }
     for part, default in family.parts.items():
         settings = {"rank": default.rank, "alpha": float(default.rank)}  # version 1's own defaults
         settings |= {
@@ -54,8 +56,8 @@ def _recipe(recipe: Mapping[str, Any], family: Family) -> dict[str, Any]:
             if (match := _FIRST_LORA_KEY.fullmatch(key)) and match["part"] == part
         }
         first = re.sub(r"_\d+$", "", part)  # a second encoder of a kind had the first one's learning rate
-        if f"{first}_learning_rate" in fit:
-            settings["learning_rate"] = fit[f"{first}_learning_rate"]
+        if f"{first}_learning_rate" in rates:
+            settings["learning_rate"] = rates[f"{first}_learning_rate"]
         sections["lora"][part] = settings
     return sections
 

@@ -31,7 +31,7 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 Condition = dict[str, "Tensor"]
-"""All that a denoiser is told beside the noised picture and the time; batch first; the names are the family's."""
+"""All that a denoiser receives beside the noised picture and the time; batch first; names are the family's."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +131,11 @@ FAMILIES: dict[str, Family] = {
 """The table of families, by name."""
 
 
-def family_of_file(shapes: Mapping[str, tuple[int, ...]], keys: Any = ()) -> Family:
-    """Returns the family of a file that doesn't say it: the one that surely owns it, else the first.
-
-    Args:
-        shapes: of its tensors, by this package's keys.
-        keys: of the file, as they are written in it.
-    """
-    rows = list(FAMILIES.values())
-    return next((row for row in reversed(rows) if row.owns(shapes, keys)), rows[0])
-
-
 class Vocabulary(Protocol):
     """What rare tokens are looked for in: a base's tokenizer and the embeddings of its tokens."""
 
-    room: int
-    """Tokens that a prompt may have."""
+    prompt_length: int
+    """How many tokens a prompt may have."""
 
     def words(self) -> dict[str, int]:
         """Returns the words that are one token -> its number; later numbers are rarer."""
@@ -220,7 +209,7 @@ class Base(Protocol):
         ...
 
     def condition(self, prompt: str) -> Condition:
-        """Returns what the denoiser is told of a prompt, with a batch of 1. Gradients flow through the parts."""
+        """Returns a prompt's condition, with a batch of 1. Gradients flow through the parts."""
         ...
 
     def vocabulary(self) -> Vocabulary:

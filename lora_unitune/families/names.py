@@ -86,7 +86,7 @@ class LayerNames:
 
     def _path(self, rest: str, in_denoiser: bool) -> str:
         """Returns the dotted path of a name without its prefix, "" where a word isn't known."""
-        block = next((b for b in self._blocks_back if in_denoiser and f"{rest}_".startswith(f"{b}_")), "")
+        block = self._block_at(rest) if in_denoiser and self.blocks else ""
         steps = [self._blocks_back[block]] if block else []
         rest = rest.removeprefix(block).removeprefix("_")
         while rest:
@@ -96,6 +96,12 @@ class LayerNames:
             steps.append(match[1])
             rest = rest[match.end() :]
         return ".".join(steps)
+
+    def _block_at(self, name: str) -> str:
+        """Returns the longest of kohya's names of blocks that a name begins with, "" if there is none."""
+        words = name.split("_")
+        starts = ("_".join(words[:count]) for count in range(len(words), 0, -1))
+        return next((start for start in starts if start in self._blocks_back), "")
 
     @cached_property
     def _step(self) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ class Sampler:
     """The steps of one sampling run, from noise or from a noised picture.
 
     Attributes:
-        timesteps: (steps,), what the denoiser is told at each step.
+        timesteps: (steps,), the time that the denoiser receives at each step.
         shares: Of the denoising that lies behind when each step begins.
         levels: The base's noise schedule at the distinct timesteps of the run, the noisiest first.
         first_step: Of each of those levels, the number of the first step at it.

@@ -24,11 +24,11 @@ class NoiseSchedule:
     """The noise levels of a base, or of a sampler's steps; all tensors are (T,) float32 on the CPU.
 
     Attributes:
-        timesteps: What the denoiser is told.
+        timesteps: The times that the denoiser receives.
         alpha: Share of the picture, sqrt(a_t) in DDPM, 1 - sigma in flow matching.
         sigma: Share of the noise.
         prediction: What the denoiser predicts.
-        span: The times of pure noise and of the clean picture, as the denoiser would be told them.
+        span: The times of pure noise and of the clean picture, on the same scale.
     """
 
     timesteps: Tensor
@@ -60,7 +60,7 @@ class NoiseSchedule:
 
         Args:
             sigma: noise levels (T,) in (0, 1].
-            scale: the denoiser is told sigma times this.
+            scale: the denoiser receives sigma times this.
         """
         sigma = sigma.float().cpu()
         return cls(sigma * scale, 1 - sigma, sigma, "flow", (scale, 0))

@@ -180,7 +180,7 @@ class StableDiffusionBase:
         return prediction
 
     def _arguments(self, condition: Condition, noisy: Tensor) -> dict[str, Any]:
-        """Returns what the UNet is told besides the noised latents and the time."""
+        """Returns the UNet's arguments besides the noised latents and the time."""
         return {name: tensor.to(self.device, self.dtype) for name, tensor in condition.items()}
 
     def schedule(self, size: Size | None = None) -> NoiseSchedule:
@@ -202,7 +202,7 @@ class ClipVocabulary:
     def __init__(self, tokenizer: CLIPTokenizer, embeddings: Tensor | None = None) -> None:
         """Takes the tokenizer, and the embeddings (vocabulary, width) where there are any."""
         self._tokenizer, self._embeddings = tokenizer, embeddings
-        self.room: int = tokenizer.model_max_length - 2
+        self.prompt_length: int = tokenizer.model_max_length - 2
 
     def words(self) -> dict[str, int]:
         """Returns the words that are one token; CLIP writes "</w>" where a word ends."""

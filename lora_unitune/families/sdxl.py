@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, and a UNet that is told the picture's size."""
+"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, and a UNet with the picture's size as a condition."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ class StableDiffusionXLBase(StableDiffusionBase):
 
     def _arguments(self, condition: Condition, noisy: Tensor) -> dict[str, Any]:
         """Returns the condition, and the picture's size: as large as it was, nothing cropped."""
-        told = super()._arguments(condition, noisy)
+        arguments = super()._arguments(condition, noisy)
         height, width = (side * self._factor for side in noisy.shape[-2:])
-        sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(told["text_embeds"])
-        added = {"text_embeds": told.pop("text_embeds"), "time_ids": sizes.expand(len(noisy), -1)}
-        return {**told, "added_cond_kwargs": added}
+        sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(arguments["text_embeds"])
+        added = {"text_embeds": arguments.pop("text_embeds"), "time_ids": sizes.expand(len(noisy), -1)}
+        return {**arguments, "added_cond_kwargs": added}
 
 
 def load(

@@ -100,11 +100,11 @@ def check_rare_tokens(vocabulary: Vocabulary, text: str) -> str:
                 f"the rare token {word!r} doesn't survive the base's tokenizer; choose lowercase letters"
             )
     cleaned = " ".join(words)
-    used, room = len(vocabulary.encode(cleaned)), vocabulary.room
-    if used > room // 2:
+    used, length = len(vocabulary.encode(cleaned)), vocabulary.prompt_length
+    if used > length // 2:
         raise PromptError(
-            f"the rare tokens {cleaned!r} take {used} of the {room} tokens of a prompt; "
-            f"at most {room // 2} may, so choose fewer or shorter ones"
+            f"the rare tokens {cleaned!r} take {used} of the {length} tokens of a prompt; "
+            f"at most {length // 2} may, so choose fewer or shorter ones"
         )
     return cleaned
 

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import room_for
-from random_adapters import LORA, make_adapter
+from random_adapters import LORA, changed, make_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_unitune.adapter.adapter import Adapter, check_fits, describe
+from lora_unitune.adapter.adapter import Adapter, check_fits
+from lora_unitune.adapter.convert import convert
+from lora_unitune.adapter.describe import describe
 from lora_unitune.adapter.header import PHOTO_KEY
-from lora_unitune.errors import AdapterFileError, OutputError
+from lora_unitune.errors import AdapterFileError, OutputError, SettingError
 from lora_unitune.families import Base
-from lora_unitune.recipe import FitSettings, LoraSettings, Recipe
+from lora_unitune.recipe import Recipe
+from lora_unitune.settings import FitSettings
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def test_a_saved_adapter_comes_back(adapter: Adapter, saved: Path) -> None:
         assert torch.equal(loaded.tensors[key], tensor.half().float())
     assert adapter.photo_latents is not None and loaded.photo_latents is not None
     assert torch.equal(loaded.photo_latents, adapter.photo_latents.half().float())
-    for name in ("rare_tokens", "recipe", "base", "fingerprint", "resolution", "seed", "seconds", "family"):
+    for name in ("rare_tokens", "recipe", "base", "fingerprint", "size", "seed", "seconds", "family"):
         assert getattr(loaded, name) == getattr(adapter, name)
     assert loaded.digest == adapter.digest
 
@@ -93,10 +98,11 @@ def test_describe_tells_what_is_inside_as_json(adapter: Adapter, saved: Path) ->
     assert described["rare_tokens"] == "zqrt ohwx"
     assert described["method"] == "lora"
     assert described["ranks"] == {"unet": 4, "text_encoder": 2}
-    assert described["targets"]["unet"] == list(LORA.unet_targets)
+    assert described["targets"]["unet"] == list(LORA["unet"].targets)
     assert described["steps"] == adapter.recipe.fit.steps
     assert described["photo_embedded"] is True
-    assert described["format_version"] == 1
+    assert described["format_version"] == 2
+    assert described["size"] == [32, 32]
     assert described["tensors"] == len(adapter.tensors)
     assert described["parameters"] == sum(tensor.numel() for tensor in adapter.tensors.values())
     assert described["bytes"] == saved.stat().st_size
@@ -104,7 +110,7 @@ def test_describe_tells_what_is_inside_as_json(adapter: Adapter, saved: Path) ->
 
 
 def test_ranks_of_zero_and_convolutions_are_saved_too(base15: Base, tmp_path: Path) -> None:
-    lora = LoraSettings(unet_targets=("conv1", "to_q"), text_encoder_rank=0)
+    lora = changed(LORA, unet={"targets": ("conv1", "to_q")}, text_encoder={"rank": 0})
     path = tmp_path / "photo.safetensors"
     make_adapter(base15, lora).save(path)
     described = describe(path)
@@ -117,8 +123,9 @@ def test_ranks_of_zero_and_convolutions_are_saved_too(base15: Base, tmp_path: Pa
 def test_full_weights_are_saved_without_diffusers_metadata(base15: Base, tmp_path: Path) -> None:
     path = tmp_path / "full.safetensors"
     tensors = {f"unet.{name}": weight.detach() for name, weight in base15.parts["unet"].named_parameters()}
-    recipe = Recipe(lora=LoraSettings(text_encoder_rank=0), fit=FitSettings(method="full"))
-    replace(make_adapter(base15), tensors=tensors, recipe=recipe).save(path)
+    made = make_adapter(base15, changed(LORA, text_encoder={"rank": 0}))
+    recipe = replace(made.recipe, fit=FitSettings(method="full"))
+    replace(made, tensors=tensors, recipe=recipe).save(path)
     loaded = Adapter.load(path)
     assert loaded.tensors.keys() == tensors.keys()
     assert loaded.recipe.fit.method == "full"
@@ -216,21 +223,36 @@ CHANGES: dict[str, tuple[Callable[..., Any], str]] = {
         "isn't valid JSON",
     ),
     "newer format": (
-        lambda tensors, metadata, own: own.update(format_version=2),
-        "format version 2 .*upgrade",
+        lambda tensors, metadata, own: own.update(format_version=3),
+        "format version 3 .*upgrade",
     ),
-    "version isn't a number": (lambda tensors, metadata, own: own.update(format_version="1"), "is wrong"),
+    "version isn't a number": (lambda tensors, metadata, own: own.update(format_version="2"), "is wrong"),
     "no fingerprint": (lambda tensors, metadata, own: own.pop("fingerprint"), "'fingerprint' .* is missing"),
     "rare tokens aren't text": (lambda tensors, metadata, own: own.update(rare_tokens=3), "'rare_tokens'"),
     "terminal codes": (lambda tensors, metadata, own: own.update(base="\x1b[2J"), "'base' .* is wrong"),
-    "resolution 0": (lambda tensors, metadata, own: own.update(resolution=0), "'resolution' .* is wrong"),
+    "width 0": (lambda tensors, metadata, own: own.update(size=[0, 32]), "'size' .* is wrong"),
+    "one side": (lambda tensors, metadata, own: own.update(size=[32]), "'size' .* is wrong"),
+    "no size": (lambda tensors, metadata, own: own.pop("size"), "'size' .* is missing"),
+    "digest of another kind": (
+        lambda tensors, metadata, own: own.update(photo_digest="A" * 32),
+        "'photo_digest' .* is wrong",
+    ),
+    "day that is none": (lambda tensors, metadata, own: own.update(date="yesterday"), "'date' .* is wrong"),
+    "a later stage": (
+        lambda tensors, metadata, own: tensors.update({f"stage_2.{A_KEY}": torch.ones(4, 32)}),
+        "'stage_2.unet.* is of a later stage, and Stable Diffusion .* upgrade",
+    ),
+    "recipe of a part it doesn't have": (
+        lambda tensors, metadata, own: own["recipe"]["lora"].update(text_encoder_3={"rank": 4}),
+        "recipe in its header is wrong: .*no part 'text_encoder_3'",
+    ),
     "seconds nan": (lambda tensors, metadata, own: own.update(seconds=float("nan")), "'seconds' .* is wrong"),
     "unknown recipe key": (
         lambda tensors, metadata, own: own["recipe"]["fit"].update(stepz=3),
         "recipe in its header is wrong: .*stepz",
     ),
     "recipe of another rank": (
-        lambda tensors, metadata, own: own["recipe"]["lora"].update(unet_rank=8),
+        lambda tensors, metadata, own: own["recipe"]["lora"]["unet"].update(rank=8),
         "not rank 8",
     ),
     "lora tensors in a full adapter": (
@@ -301,7 +323,7 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
 def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="doesn't exist"):
         Adapter.load(tmp_path / "missing.safetensors")
-    with pytest.raises(AdapterFileError, match="can't be read"):
+    with pytest.raises(AdapterFileError, match="has no adapter_config.json"):
         Adapter.load(tmp_path)
     with pytest.raises(AdapterFileError, match="can't be read"):
         describe("a\0b")
@@ -312,13 +334,20 @@ def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
     [
         ({"lora_unet_x.alpha": torch.ones(1)}, "of a layer that Stable Diffusion"),
         ({"model.weight": torch.ones(2, 2)}, "none of a LoRA adapter"),
-        ({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}, "adapts no UNet"),
+        ({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}, "adapts no unet"),
         ({"unet.to_q.lora_A.weight": torch.ones(2, 2)}, "is missing"),
         ({"unet.to_q.lora_A.weight": torch.ones(2000, 2)}, "can't hold"),
-        ({f"lora_te{n}_text_model_encoder.alpha": torch.ones(1) for n in ("", "1")}, "twice"),
+        (
+            {
+                f"{start}.q_proj.lora_A.weight": torch.ones(2, 2)
+                for start in ("text_encoder", "text_encoder.text_model")
+            },
+            "twice",
+        ),
+        ({"stage_2.unet.to_q.lora_A.weight": torch.ones(2, 2)}, "later stage"),
     ],
 )
-def test_a_strangers_file_that_is_no_adapter_is_refused(
+def test_another_tools_file_that_is_no_adapter_is_refused(
     tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
 ) -> None:
     save_file(tensors, tmp_path / "foreign.safetensors")
@@ -333,3 +362,89 @@ def test_a_librarys_words_about_a_file_are_safe_to_print(adapter: Adapter, tmp_p
     with pytest.raises(AdapterFileError, match=r"F\\x7f6") as caught:
         Adapter.load(path)
     assert str(caught.value).isprintable()
+
+
+def test_a_3_to_2_photo_keeps_its_size_and_its_digest(base15: Base, tmp_path: Path) -> None:
+    made, path = make_adapter(base15, size=(48, 32)), tmp_path / "wide.safetensors"
+    made = replace(made, photo_digest="0123456789abcdef" * 2, history=(0.3, 0.2))
+    for layout in ("diffusers", "kohya"):
+        made.save(path, overwrite=True, layout=layout)
+        own = json.loads(metadata_of(path)["lora_unitune"])
+        assert own["size"] == [48, 32] and own["photo_digest"] == made.photo_digest
+        assert metadata_of(path)["modelspec.resolution"] == "48x32"
+        loaded = Adapter.load(path)
+        assert loaded.size == (48, 32) and loaded.photo_digest == made.photo_digest
+        assert loaded.photo_latents is not None and loaded.photo_latents.shape == (1, 4, 16, 24)
+        assert loaded.history == () and "history" not in own, "the losses stay in memory"
+        assert "digest" in describe(path)["privacy"]
+
+
+def test_the_rare_tokens_can_be_said_when_opening(adapter: Adapter, saved: Path) -> None:
+    assert Adapter.load(saved, " a  red   fox ").rare_tokens == "a red fox"
+    assert Adapter.load(saved, "  ").rare_tokens == adapter.rare_tokens
+    with pytest.raises(SettingError, match="trigger = "):
+        Adapter.load(saved, "\x1b[2J")
+
+
+def test_headers_are_read_without_torch(adapter: Adapter, tmp_path: Path) -> None:
+    files = [
+        tmp_path / "diffusers.safetensors",
+        tmp_path / "kohya.safetensors",
+        tmp_path / "bits.safetensors",
+    ]
+    adapter.save(files[0])
+    adapter.save(files[1], layout="kohya")
+    adapter.save(files[2], dtype=torch.int8)
+    other = tmp_path / "other.safetensors"
+    save_file(load_file(files[1]), other)  # its alphas are read from the bytes
+    convert(files[0], "peft", tmp_path / "peft")
+    places = [str(path) for path in (*files, other, tmp_path / "peft")]
+    code = (
+        "import json, sys; from lora_unitune.adapter.describe import describe;"
+        "print(json.dumps([describe(place) for place in sys.argv[1:]]));"
+        "print(sorted({'torch', 'numpy', 'peft', 'diffusers'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
+    described, loaded = result.stdout.splitlines()
+    assert loaded == "[]"
+    assert json.loads(described) == json.loads(json.dumps([describe(place) for place in places]))
+    assert all(each["ranks"] == {"unet": 4, "text_encoder": 2} for each in json.loads(described))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_alphas_are_read_in_every_number_format(adapter: Adapter, tmp_path: Path, dtype: Any) -> None:
+    path = tmp_path / "photo.safetensors"
+    adapter.save(path, layout="kohya")
+    tensors = {key: t.to(dtype) if key.endswith(".alpha") else t for key, t in load_file(path).items()}
+    save_file(tensors, path)
+    assert [Adapter.load(path).scale_of(part) for part in adapter.parts] == [2.5, 1.5]
+
+
+def test_a_header_that_lies_about_places_is_refused_before_tensors_are_read(saved: Path) -> None:
+    content = saved.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header, body = json.loads(content[8:end]), content[end:]
+    first = min((key for key in header if key[0] != "_"), key=lambda key: header[key]["data_offsets"])
+    start, stop = header[first]["data_offsets"]
+    lies: dict[str, Any] = {
+        "overlap": {"data_offsets": [start + 2, stop + 2]},
+        "backwards": {"data_offsets": [stop, start]},
+        "beyond": {"data_offsets": [start, 2**40]},
+        "negative": {"data_offsets": [-2, stop]},
+        "fractions": {"data_offsets": [0.0, stop]},
+        "huge": {"shape": [2**62] * 8},
+        "many axes": {"shape": [1] * 1000},
+        "no shape": {"shape": None},
+        "surplus": {"more": 1},
+    }
+    for name, lie in lies.items():
+        text = json.dumps({**header, first: {**header[first], **lie}}).encode()
+        saved.write_bytes(len(text).to_bytes(8, "little") + text + body)
+        for opened in (describe, Adapter.load):
+            with pytest.raises(AdapterFileError, match="damaged or incomplete"):
+                opened(saved)
+                pytest.fail(name)
+    twice = json.dumps(header)[:-1].encode() + b', "__metadata__": {}}'
+    saved.write_bytes(len(twice).to_bytes(8, "little") + twice + body)
+    with pytest.raises(AdapterFileError, match="a name twice"):
+        describe(saved)

@@ -82,15 +82,16 @@ def test_a_new_adapter_changes_nothing(base: Base) -> None:
 
 
 def test_same_seed_same_tensors_whatever_the_global_state(base15: Base) -> None:
-    layers.attach(base15, WITH_CONVOLUTIONS, seeded(5))
+    lora = own(base15, WITH_CONVOLUTIONS)
+    layers.attach(base15, lora, seeded(5))
     first = layers.collect(base15)
     torch.manual_seed(77)
     state = torch.get_rng_state()
-    layers.attach(base15, WITH_CONVOLUTIONS, seeded(5))
+    layers.attach(base15, lora, seeded(5))
     second = layers.collect(base15)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
-    layers.attach(base15, WITH_CONVOLUTIONS, seeded(6))
+    layers.attach(base15, lora, seeded(6))
     assert not all(torch.equal(first[key], tensor) for key, tensor in layers.collect(base15).items())
 
 
@@ -121,8 +122,10 @@ def test_keys_are_those_diffusers_writes(base: Base, tmp_path: Path) -> None:
 def test_diffusers_loads_the_tensors_at_the_same_strength(
     base15: Base, tiny_sd15: Path, tmp_path: Path
 ) -> None:
+    bare = answer(base15)
     tensors = attach_random(base15, WITH_CONVOLUTIONS)
     expected = answer(base15)
+    assert (expected - bare).abs().max() > 1e-2
     by_part = {
         part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
         for part in base15.parts
@@ -179,6 +182,7 @@ def test_disabled_adapters_are_the_base_even_after_an_error(base: Base) -> None:
     plain = answer(base)
     attach_random(base, {})
     adapted = answer(base)
+    assert not torch.equal(adapted, plain)
     trainable = sum(map(len, layers.trainable_parameters(base).values()))
     with layers.adapters_disabled(base):
         assert torch.equal(answer(base), plain)
@@ -196,6 +200,7 @@ def test_one_batch_holds_rows_with_and_without_the_adapter(base15: Base) -> None
     adapted = base15.predict(latents, timesteps, condition)
     with layers.adapters_disabled(base15):
         plain = base15.predict(latents, timesteps, condition)
+    assert (adapted - plain).abs().max() > 1e-2
     with torch.no_grad(), layers.adapters_for_last(base15, 1):
         first, last = base15.predict(
             torch.cat([latents] * 2), timesteps.repeat(2), joined(condition, condition)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import refused, run
-from random_adapters import EDIT, LORA, make_adapter, make_full_adapter
+from random_adapters import EDIT, LORA, changed, make_adapter, make_full_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ from lora_unitune.editing.editor import Editor
 from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import Base
 
-EVERYTHING = replace(LORA, unet_targets=("to_q", "conv1", "ff.net.2"))
+EVERYTHING = changed(LORA, unet={"targets": ("to_q", "conv1", "ff.net.2")})
 
 
 def change(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -96,8 +96,8 @@ def test_the_bases_word_on_what_matters_loses_less_of_the_effect(base15: Base, b
     for base in (base15, basexl):
         adapter = make_adapter(base, EVERYTHING)
         half = sum(tensor.numel() for tensor in adapter.tensors.values())
-        blind, told = (compress(adapter, to_bytes=half, base=known).adapter for known in (None, base))
-        assert effect_lost(base, adapter, told) < effect_lost(base, adapter, blind)
+        blind, weighed = (compress(adapter, to_bytes=half, base=known).adapter for known in (None, base))
+        assert effect_lost(base, adapter, weighed) < effect_lost(base, adapter, blind)
 
 
 def test_eight_bits_are_half_the_bytes_and_near_by(base15: Base, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_files_in_eight_bits_with_the_wrong_scales_are_refused(base15: Base, tmp
 
 def test_impossible_limits_are_refused(base15: Base, adapter: Adapter) -> None:
     for limits, message in (({}, "give one limit"), ({"keep": 0.5, "to_bytes": 9}, "give one limit"),
-                            ({"keep": 0.0}, "keep = 0"), ({"to_bytes": 1}, "leave no rank")):  # fmt: skip
+                            ({"keep": 0.0}, "keep = 0"), ({"to_bytes": 1}, "would leave no rank")):  # fmt: skip
         with pytest.raises(SettingError, match=message):
             compress(adapter, **limits)
     with pytest.raises(SettingError, match="method 'lora'"):
@@ -156,4 +156,5 @@ def test_compress_on_the_command_line(adapter_file: Path, tmp_path: Path) -> Non
     eighth = ("--eight-bit", "-o", small, "--overwrite", "--json")
     told = json.loads(run("compress", adapter_file, *eighth).stdout)
     assert told["kept"] == pytest.approx(1) and told["bytes"] < 0.8 * adapter_file.stat().st_size
-    assert "keep = 1.9" in refused("compress", small, "--keep", "1.9", "-o", tmp_path / "x", folder=tmp_path)
+    wrong = ("compress", small, "--keep", "1.9", "-o", tmp_path / "x")
+    assert "0<x<=1" in refused(*wrong, folder=tmp_path, code=2)

@@ -1,4 +1,4 @@
-"""Other layouts: what goes there comes back, other tools read it, and strangers' files open."""
+"""Other layouts: what goes there comes back, other tools read it, and other tools' files open."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from command_line import QUICK, refused, run
 from conftest import XL_UNET
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
-from random_adapters import EDIT, LORA, make_adapter
+from random_adapters import EDIT, LORA, changed, make_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_unitune.adapter import kohya
-from lora_unitune.adapter.adapter import Adapter, describe
-from lora_unitune.adapter.convert import convert, open_adapter, strip
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.convert import convert, strip
+from lora_unitune.adapter.describe import describe
 from lora_unitune.adapter.header import PHOTO_KEY
 from lora_unitune.editing.editor import Editor
 from lora_unitune.errors import AdapterFileError, PromptError, SettingError
-from lora_unitune.families import POCKET_FOLDER, Base
-from lora_unitune.recipe import FitSettings, LoraSettings
+from lora_unitune.families import FAMILIES, POCKET_FOLDER, Base
+from lora_unitune.settings import FitSettings
 from lora_unitune.training.fit import fit
 
-EVERYTHING = replace(
+EVERYTHING = changed(
     LORA,
-    unet_targets=("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in"),
-    text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1"),
-    text_encoder_2_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc2"),
+    unet={
+        "targets": ("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in")
+    },
+    text_encoder={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")},
+    text_encoder_2={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc2")},
 )
 
 
@@ -118,16 +120,16 @@ def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
     assert (ours - plain).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
 
 
-def kohya_names(models: dict[str, torch.nn.Module], family: str) -> dict[str, tuple[str, str]]:
+def kohya_names(models: dict[str, torch.nn.Module], family: str) -> set[str]:
     """Returns the name of every layer that can be adapted; each is another, and leads back to its layer."""
-    names: dict[str, tuple[str, str]] = {}
+    row, names = FAMILIES[family], set[str]()
     for part, model in models.items():
         for module, layer in model.named_modules():
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and module != "text_projection":
-                name = kohya.layer_name(part, module, family)
+                name = row.names.to_kohya(f"{part}.{module}", row.denoiser)
                 assert name not in names
-                names[name] = (part, module)
-                assert kohya.module_of(name) == (part, module)
+                names.add(name)
+                assert row.names.from_kohya(name, row.denoiser) == f"{part}.{module}"
     return names
 
 
@@ -193,10 +195,10 @@ def test_kohya_names_are_those_of_stable_diffusion_xl() -> None:
         small = CLIPTextConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
         large = CLIPTextConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20)
         text = {"text_encoder": CLIPTextModel(small), "text_encoder_2": CLIPTextModelWithProjection(large)}
-    assert set(kohya_names({"unet": unet, **text}, "sdxl")) == sdxl_names()
+    assert kohya_names({"unet": unet, **text}, "sdxl") == sdxl_names()
 
 
-def test_strangers_sdxl_files_open_whole(basexl: Base, tmp_path: Path) -> None:
+def test_other_tools_sdxl_files_open_whole(basexl: Base, tmp_path: Path) -> None:
     """Without this package's header the family shows in the names, or in the second text encoder."""
     adapter = make_adapter(basexl, EVERYTHING)
     for layout in ("kohya", "diffusers"):
@@ -239,7 +241,7 @@ def test_the_header_follows_modelspec(adapter: Adapter, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_a_strangers_file_opens_with_tokens(
+def test_another_tools_file_opens_with_a_trigger(
     base15: Base, editor: Editor, tmp_path: Path, layout: Any
 ) -> None:
     adapter, settings = make_adapter(base15, EVERYTHING), replace(EDIT, strength=1.0)
@@ -250,17 +252,19 @@ def test_a_strangers_file_opens_with_tokens(
     tensors.pop(PHOTO_KEY, None)
     foreign = tmp_path / "foreign.safetensors"
     save_file(tensors, foreign, kept)
-    with pytest.raises(PromptError, match="--tokens"):
-        editor.edit(open_adapter(foreign), "a fox", strength=1.0)
-    opened = open_adapter(foreign, "zqrt  ohwx")
+    with pytest.raises(PromptError, match="trigger"):
+        editor.edit(Adapter.load(foreign), "a fox", strength=1.0)
+    opened = Adapter.load(foreign, "zqrt  ohwx")
     assert opened.rare_tokens == "zqrt ohwx" and describe(foreign)["fingerprint"] == ""
     ours, theirs = (
         editor.pixels(each, ["zqrt a fox"], "", None, [0], settings) for each in (adapter, opened)
     )
     assert (ours - theirs).abs().max() <= 1e-5
+    plain = editor.pixels(None, ["zqrt a fox"], "", None, [0], settings)
+    assert (ours - plain).abs().max() > 1e-2
     assert editor.edit(opened, "a fox", strength=1.0, steps=2).prompt == "zqrt ohwx a fox"
     convert(foreign, "diffusers", tmp_path / "again.safetensors")
-    again = open_adapter(tmp_path / "again.safetensors")
+    again = Adapter.load(tmp_path / "again.safetensors")
     assert again.tensors.keys() == opened.tensors.keys()
     assert all(torch.equal(again.tensors[key], tensor) for key, tensor in opened.tensors.items())
 
@@ -275,16 +279,16 @@ def test_alphas_that_differ_from_layer_to_layer_are_kept(
     expected = dict(adapter.tensors)
     for number, key in enumerate(alphas):
         tensors[key] *= 1 + number % 3
-        found = kohya.module_of(key.removesuffix(".alpha"))
-        assert found
-        expected[f"{found[0]}.{found[1]}.lora_B.weight"] = (1 + number % 3) * expected[
-            f"{found[0]}.{found[1]}.lora_B.weight"
-        ]
+        layer = adapter.kind.names.from_kohya(key.removesuffix(".alpha"), adapter.kind.denoiser)
+        expected[f"{layer}.lora_B.weight"] = (1 + number % 3) * expected[f"{layer}.lora_B.weight"]
     save_file(tensors, path)
     settings = replace(EDIT, strength=1.0)
     ours = editor.pixels(replace(adapter, tensors=expected), ["zqrt"], "", None, [0], settings)
-    theirs = editor.pixels(Adapter.load(path), ["zqrt"], "", None, [0], settings)
+    theirs, with_one_alpha = (
+        editor.pixels(each, ["zqrt"], "", None, [0], settings) for each in (Adapter.load(path), adapter)
+    )
     assert (ours - theirs).abs().max() <= 1e-5
+    assert (ours - with_one_alpha).abs().max() > 1e-2
 
 
 def test_layers_of_lower_rank_draw_as_if_filled_with_zeros(base15: Base, editor: Editor) -> None:
@@ -303,11 +307,13 @@ def test_layers_of_lower_rank_draw_as_if_filled_with_zeros(base15: Base, editor:
 def test_strip_takes_out_what_an_edit_doesnt_need(adapter: Adapter, tmp_path: Path) -> None:
     path, bare = tmp_path / "photo.safetensors", tmp_path / "bare.safetensors"
     recipe = replace(adapter.recipe, fit=FitSettings(steps=77))
-    replace(adapter, seed=123456, seconds=98.7, date="2026-01-02", recipe=recipe).save(path)
+    recipe = replace(recipe, lora=changed(recipe.lora, unet={"learning_rate": 0.0123}))
+    known = {"seed": 123456, "seconds": 98.7, "date": "2026-01-02", "photo_digest": "abcd" * 8}
+    replace(adapter, recipe=recipe, **known).save(path)
     strip(path, bare)
     text = json.dumps(metadata_of(bare))
-    for told in ("123456", "98.7", "2026-01-02", "77", adapter.base):
-        assert told not in text
+    for secret in ("123456", "98.7", "2026-01-02", "77", "0.0123", "abcd" * 8, adapter.base):
+        assert secret in json.dumps(metadata_of(path)) and secret not in text
     assert "2026-01-02" in describe(path)["privacy"] and "latents" in describe(path)["privacy"]
     assert "latents" not in describe(bare)["privacy"] and "can redraw" in describe(bare)["privacy"]
     before, after = Adapter.load(path), Adapter.load(bare)
@@ -335,14 +341,14 @@ def test_convert_and_strip_on_the_command_line(adapter_file: Path, edit: list[An
 
 def test_full_weights_have_no_other_layout(base15: Base, tmp_path: Path) -> None:
     tensors = {f"unet.{name}": weight.detach() for name, weight in base15.parts["unet"].named_parameters()}
-    recipe = replace(
-        make_adapter(base15).recipe, lora=LoraSettings(text_encoder_rank=0), fit=FitSettings(method="full")
-    )
+    made = make_adapter(base15, changed(LORA, text_encoder={"rank": 0}))
     path = tmp_path / "full.safetensors"
-    replace(make_adapter(base15), tensors=tensors, recipe=recipe).save(path)
+    recipe = replace(made.recipe, fit=FitSettings(method="full"))
+    replace(made, tensors=tensors, recipe=recipe).save(path)
     for layout in ("kohya", "peft"):
-        message = refused("convert", path, "--to", layout, "-o", tmp_path / "out", folder=tmp_path)
-        assert "method 'full'" in message
+        with pytest.raises(SettingError, match="method 'full'"):
+            convert(path, layout, tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["full.safetensors"]
 
 
 def test_a_peft_folder_with_wrong_tensors_is_refused(adapter: Adapter, tmp_path: Path) -> None:
@@ -353,7 +359,7 @@ def test_a_peft_folder_with_wrong_tensors_is_refused(adapter: Adapter, tmp_path:
     key = min(tensors)
     save_file({**tensors, key: tensors[key][:, :0].contiguous()}, weights)
     with pytest.raises(AdapterFileError, match="has shape") as caught:
-        open_adapter(tmp_path / "peft")
+        Adapter.load(tmp_path / "peft")
     assert str(caught.value).startswith(str(tmp_path / "peft"))
 
 
@@ -365,7 +371,7 @@ def test_a_fit_goes_on_from_an_adapter_of_any_layout(
     steps += ["lora.text_encoder.learning_rate=1e-12"]
     make_adapter(base15, EVERYTHING).save(tmp_path / "first.safetensors", dtype=torch.float32)
     convert(tmp_path / "first.safetensors", layout, tmp_path / "other")
-    start = open_adapter(tmp_path / "other")
+    start = Adapter.load(tmp_path / "other")
     found = fit(photo_image, base=base15, overrides=steps, start=start)
     assert found.recipe.lora == start.recipe.lora and found.rare_tokens == start.rare_tokens
     assert all((found.tensors[key] - tensor).abs().max() < 1e-3 for key, tensor in start.tensors.items())
@@ -380,3 +386,44 @@ def test_the_command_line_goes_on_too(
     assert run("fit", photo, "-o", out, "--from", adapter_file, *base).exit_code == 0
     before, after = Adapter.load(adapter_file), Adapter.load(out)
     assert before.tensors.keys() == after.tensors.keys() and before.digest != after.digest
+
+
+def test_a_peft_folder_is_described_as_the_file_is(adapter: Adapter, tmp_path: Path) -> None:
+    path, folder = tmp_path / "photo.safetensors", tmp_path / "peft"
+    adapter.save(path)
+    convert(path, "peft", folder)
+    file, parts = describe(path), describe(folder)
+    assert parts["bytes"] == sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+    assert {**parts, "path": 0, "bytes": 0} == {**file, "path": 0, "bytes": 0}
+    (folder / "lora_unitune.safetensors").unlink()  # as PEFT alone writes it
+    bare = describe(folder)
+    assert (bare["ranks"], bare["fingerprint"], bare["size"]) == (file["ranks"], "", None)
+    assert Adapter.load(folder, "zqrt ohwx").rare_tokens == "zqrt ohwx"
+    opened = Adapter.load(folder / "unet", "zqrt")  # the denoiser's folder alone
+    assert opened.recipe.lora["text_encoder"].rank == 0 and opened.scale_of("unet") == 2.5
+
+
+def test_a_wide_adapter_goes_to_kohya_and_back(base15: Base, tmp_path: Path) -> None:
+    first, other, again = (tmp_path / f"{name}.safetensors" for name in ("first", "other", "again"))
+    make_adapter(base15, EVERYTHING, size=(48, 32)).save(first)
+    convert(first, "kohya", other)
+    convert(other, "diffusers", again)
+    assert metadata_of(again) == metadata_of(first) and describe(other)["size"] == [48, 32]
+    before, after = load_file(first), load_file(again)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_family_of_another_kind_has_every_layout(baseflow: Base, tmp_path: Path) -> None:
+    lora = dict(baseflow.family.parts)
+    first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
+    made = make_adapter(baseflow, lora, size=(24, 16))
+    made.save(first)
+    for layout in ("kohya", "peft"):
+        convert(first, layout, other, overwrite=True)
+        convert(other, "diffusers", again, overwrite=True)
+        assert metadata_of(again) == metadata_of(first)
+        other.rename(tmp_path / layout)
+    tensors = load_file(tmp_path / "kohya")
+    save_file(tensors, tmp_path / "kohya")
+    opened = Adapter.load(tmp_path / "kohya", "zqr")
+    assert opened.kind is baseflow.family and opened.tensors.keys() == made.tensors.keys()

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from fuzz.__main__ import open_mutated
+from pathlib import Path
+
+import pytest
+from fuzz.__main__ import PACKAGE, few_steps, little_memory, open_mutated
 
 
 def test_mutated_files_are_read_or_refused() -> None:
-    found = open_mutated(1500)
-    assert found["refused"] > 1500 and found["read"] > 50
+    found = open_mutated(1000)
+    assert found["refused"] > 1000 and found["read"] > 50
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (Path(PACKAGE) / "header.py", "while True:\n    number = 0\n    number += 1"),
+        (Path(PACKAGE) / "header.py", "sum(0 for _ in iter(int, 1))"),
+        (Path("elsewhere.py"), "def one(): pass\nwhile True: one()"),
+    ],
+)
+def test_a_loop_without_end_is_stopped(file: Path, text: str) -> None:
+    with pytest.raises(AssertionError, match="more than 1000 steps"), few_steps(1000):
+        exec(compile(text, str(file), "exec"), {})
+
+
+def test_memory_that_is_given_back_counts_too() -> None:
+    with little_memory(2**20):
+        bytearray(2**19)
+    with pytest.raises(AssertionError, match="bytes of Python objects"), little_memory(2**20):
+        bytearray(2**21)

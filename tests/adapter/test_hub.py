@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import refused, run
+import torch
+from command_line import run
 from PIL import Image
 
 from lora_unitune.adapter import hub
 from lora_unitune.adapter.adapter import Adapter
-from lora_unitune.errors import HubError, SettingError
+from lora_unitune.adapter.cache import AdapterCache
+from lora_unitune.adapter.convert import convert
+from lora_unitune.adapter.describe import describe
+from lora_unitune.errors import AdapterFileError, HubError, SettingError
 
 
 class StandIn:
@@ -60,78 +65,110 @@ def sample(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_dry_run_shows_everything_and_sends_nothing(
-    stand_in: StandIn, adapter_file: Path, sample: Path
+@pytest.fixture
+def file(adapter: Adapter, tmp_path: Path) -> Path:
+    adapter.save(tmp_path / "photo.safetensors")
+    return tmp_path / "photo.safetensors"
+
+
+def test_the_command_lines_dry_run_shows_everything_and_sends_nothing(
+    stand_in: StandIn, file: Path, sample: Path
 ) -> None:
-    arguments = ("push", adapter_file, "me/photo", "--licence", "cc0-1.0", "--picture", sample, "--dry-run")
+    arguments = ("push", file, "me/photo", "--picture", sample, "--dry-run")
     shown = run(*arguments).stdout
-    for said in ("license: cc0-1.0", "consent", "can redraw the photo", "hub://me/photo", "sample-1.png",
-                 Adapter.load(adapter_file).rare_tokens, "nothing was sent"):  # fmt: skip
+    for said in ("license: other", "consent", "can redraw the photo", "hub://me/photo", "sample-1.png",
+                 "zqrt ohwx", "nothing was sent"):  # fmt: skip
         assert said in shown
-    told = json.loads(run(*arguments, "--json").stdout)
-    assert told["pushed"] is None and told["files"].keys() == {"photo.safetensors", "sample-1.png"}
-    assert told["card"] in shown
+    answer = json.loads(run(*arguments, "--json").stdout)
+    assert answer["files"].keys() == {"photo.safetensors", "sample-1.png"}
+    assert answer["card"] in shown
     assert not stand_in.folder.exists()
 
 
-def test_what_was_pushed_is_edited_by_its_address(
-    stand_in: StandIn, adapter_file: Path, sample: Path, tiny_sd15: Path, tmp_path: Path
-) -> None:
-    pushed = run("push", adapter_file, "me/photo", "--picture", sample, "--private")
-    assert pushed.exit_code == 0 and "hub/me/photo/commit/1" in pushed.stdout
+def test_what_was_pushed_opens_by_its_address(stand_in: StandIn, file: Path, sample: Path) -> None:
+    upload = hub.prepare_push(file, "me/photo", license="cc0-1.0", pictures=[sample], private=True)
+    assert not stand_in.folder.exists() and hub.push(upload) == "hub/me/photo/commit/1"
     assert stand_in.private == {"me/photo": True}
     there = stand_in.folder / "me/photo"
-    assert (there / "photo.safetensors").read_bytes() == adapter_file.read_bytes()
-    assert (there / "README.md").read_text().startswith("---\nlicense: other\n")
-    options = ("a fox", "--base", tiny_sd15, "--steps", "2", "-o")
-    assert run("edit", "hub://me/photo", *options, tmp_path / "a.png").exit_code == 0
-    assert run("edit", adapter_file, *options, tmp_path / "b.png").exit_code == 0
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert stand_in.downloads == ["photo.safetensors"]
+    assert (there / "photo.safetensors").read_bytes() == file.read_bytes()
+    assert (there / "README.md").read_text().startswith("---\nlicense: cc0-1.0\n")
+    opened, cache = Adapter.load("hub://me/photo"), AdapterCache(2**20)
+    assert opened.digest == Adapter.load(file).digest
+    assert Adapter.load("hub://me/photo/photo.safetensors", "zqrt").rare_tokens == "zqrt"
+    assert cache.open("hub://me/photo") is cache.open("hub://me/photo")
+    assert describe("hub://me/photo") == {**describe(file), "path": "hub://me/photo"}
+    assert set(stand_in.downloads) == {"photo.safetensors"}
 
 
-def test_a_repository_with_several_files_asks_which(stand_in: StandIn, adapter_file: Path) -> None:
-    run("push", adapter_file, "me/photo")
-    shutil.copy(adapter_file, stand_in.folder / "me/photo/other.safetensors")
+def test_an_adapter_in_memory_is_pushed_whole(stand_in: StandIn, adapter: Adapter, sample: Path) -> None:
+    made = replace(adapter, date="2026-01-02")
+    dry = made.push_to_hub("hub://me/photo", license="mit", pictures=[sample], dry_run=True)
+    assert not stand_in.folder.exists() and dry.url == ""
+    assert set(dry.files) == {"adapter.safetensors", "sample-1.png"} and "license: mit" in dry.card
+    sent = made.push_to_hub("me/photo", license="mit", pictures=[sample], private=True)
+    assert (sent.url, sent.card, sent.private) == ("hub/me/photo/commit/1", dry.card, True)
+    assert sent.files.keys() == dry.files.keys()
+    assert stand_in.private == {"me/photo": True}
+    opened = Adapter.load("hub://me/photo")
+    assert opened.digest == made.digest and opened.date == "2026-01-02"
+    assert all(torch.equal(opened.tensors[key], t.half().float()) for key, t in made.tensors.items())
+    for name in ("../up.safetensors", "pickle.bin", ""):
+        with pytest.raises(SettingError, match="name = "):
+            made.push_to_hub("me/photo", name=name)
+    assert set(made.push_to_hub("me/photo", name="fox.safetensors", dry_run=True).files) == {
+        "fox.safetensors"
+    }
+
+
+def test_a_repository_with_several_files_asks_which(stand_in: StandIn, file: Path) -> None:
+    hub.push(hub.prepare_push(file, "me/photo"))
+    shutil.copy(file, stand_in.folder / "me/photo/other.safetensors")
     (stand_in.folder / "me/photo/pickle.bin").write_bytes(b"\x80\x04")
     with pytest.raises(SettingError, match="other.safetensors, photo.safetensors; name one"):
-        hub.download("hub://me/photo")
+        Adapter.load("hub://me/photo")
     assert hub.download("hub://me/photo/other.safetensors").name == "other.safetensors"
-    for address, message in {"hub://me": "isn't an address", "hub://me/photo/pickle.bin": "isn't an address",
-                             "hub://../x": "isn't an address"}.items():  # fmt: skip
-        with pytest.raises(SettingError, match=message):
-            hub.download(address)
+    for address in ("hub://me", "hub://me/photo/pickle.bin", "hub://../x"):
+        with pytest.raises(SettingError, match="isn't an address"):
+            Adapter.load(address)
     with pytest.raises(HubError, match=r"has no none\.safetensors"):
-        hub.download("hub://me/photo/none.safetensors")
+        Adapter.load("hub://me/photo/none.safetensors")
     with pytest.raises(HubError, match="you/none can't be read"):
-        hub.download("hub://you/none")
+        describe("hub://you/none")
 
 
 def test_what_cannot_be_pushed_is_one_line(
-    stand_in: StandIn, adapter_file: Path, sample: Path, tmp_path: Path
+    stand_in: StandIn, adapter: Adapter, file: Path, sample: Path, tmp_path: Path
 ) -> None:
-    wrong = {
-        "owner/name": ("nowhere",),
-        "identifier": ("me/photo", "--licence", "My Own!"),
-        "up to 2": ("me/photo", *("--picture", sample) * 3),
-        "isn't a PNG": ("me/photo", "--picture", adapter_file),
+    wrong: dict[str, tuple[str, dict[str, Any]]] = {
+        "owner/name": ("nowhere", {}),
+        "license = 'My Own!' isn't an identifier": ("me/photo", {"license": "My Own!"}),
+        "up to 2": ("me/photo", {"pictures": [sample] * 3}),
+        "isn't a PNG": ("me/photo", {"pictures": [file]}),
     }
-    for message, arguments in wrong.items():
-        assert message in refused("push", adapter_file, *arguments, folder=tmp_path)
+    for message, (repo, options) in wrong.items():
+        for push in (adapter.push_to_hub, lambda *args, **named: hub.prepare_push(file, *args, **named)):
+            with pytest.raises(SettingError, match=message):
+                push(repo, **options)
+    with pytest.raises(SettingError, match="rare tokens"):
+        replace(adapter, fingerprint="").push_to_hub("me/photo")
+    convert(file, "peft", tmp_path / "peft")
+    with pytest.raises(AdapterFileError, match="isn't one file"):
+        hub.prepare_push(tmp_path / "peft", "me/photo")
     assert not stand_in.folder.exists()
     stand_in.folder.mkdir()
     (stand_in.folder / "me").write_text("in the way")
-    assert "can't be pushed to" in refused("push", adapter_file, "me/photo", folder=tmp_path)
+    with pytest.raises(HubError, match="can't be pushed to"):
+        adapter.push_to_hub("me/photo")
 
 
-def test_a_card_is_not_broken_by_what_a_header_says(adapter_file: Path) -> None:
+def test_a_card_is_not_broken_by_what_a_header_says() -> None:
     described = {
         "path": "x.safetensors", "base": "a|b`c", "rare_tokens": 'q"`|w', "fingerprint": "0",
-        "method": "lora", "ranks": {"unet": 2}, "recipe": {"fit": {"steps": 3}}, "resolution": 64, "bytes": 9,
+        "method": "lora", "ranks": {"unet": 2}, "recipe": {"fit": {"steps": 3}}, "size": [96, 64], "bytes": 9,
         "photo_embedded": False,
     }  # fmt: skip
     card = hub.model_card(described, "me/photo", "mit", ["sample-1.png"])
     assert 'instance_prompt: "q\\"`|w"' in card and "| base | `abc`" in card and "base_model" not in card
-    assert "![A sample](sample-1.png)" in card and "latents" not in card
+    assert "![A sample](sample-1.png)" in card and "latents" not in card and "96x64 pixels" in card
     real = hub.model_card({**described, "base": "owner/model"}, "me/photo", "mit", [])
     assert 'base_model: "owner/model"' in real

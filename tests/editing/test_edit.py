@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import unchanged, weights_of
+from conftest import has_adapters, unchanged, weights_of
 from diffusers import (
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -23,7 +23,6 @@ from random_adapters import EDIT, LORA, changed, make_adapter, make_full_adapter
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
-from lora_unitune.adapter.layers import is_attached
 from lora_unitune.editing.editor import Editor
 from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import Base, load_base
@@ -107,6 +106,8 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
         output_type="pt",
     ).images
     assert (ours - theirs).abs().max() <= 1e-4
+    plain = Editor(base).pixels(None, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
+    assert (ours - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
@@ -165,7 +166,7 @@ def test_edits_and_swaps_leave_the_base_as_it_was_bit_for_bit(base15: Base, edit
         for settings in ({}, {"adapter_scale": 0.5}, {"strength": 1.0, "guidance": 1.0}):
             editor.edit(adapter, "a fox", steps=2, **settings)
     editor.release()
-    assert not is_attached(base15)
+    assert not has_adapters(base15)
     assert unchanged(base15, before)
     assert editor.edit(None, "a fox", steps=2).image.tobytes() == plain
 
@@ -355,8 +356,8 @@ def test_leaving_the_with_block_restores_the_base(base15: Base, adapter: Adapter
     before = weights_of(base15)
     with Editor(base15) as editor:
         editor.edit(adapter, "a fox", steps=1, strength=1)
-        assert is_attached(base15)
-    assert not is_attached(base15) and unchanged(base15, before)
+        assert has_adapters(base15)
+    assert not has_adapters(base15) and unchanged(base15, before)
 
 
 def test_a_setting_that_there_is_not_gets_the_nearest(editor: Editor, adapter: Adapter) -> None:

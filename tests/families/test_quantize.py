@@ -1,4 +1,4 @@
-"""Linear layers in few bits: they predict nearly the same, take less room, and let adapters learn."""
+"""Linear layers in few bits: they predict nearly the same, take less memory, and let adapters learn."""
 
 from __future__ import annotations
 

@@ -9,21 +9,32 @@ import argparse
 import json
 import random
 import resource
+import sys
 import tempfile
-import time
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
-from lora_unitune.adapter.adapter import Adapter, describe
+import lora_unitune
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.describe import describe
 from lora_unitune.errors import AdapterFileError
-from lora_unitune.recipe import LoraSettings, Recipe
+from lora_unitune.families import FAMILIES
+from lora_unitune.recipe import Recipe
+from lora_unitune.settings import LoraSettings
 
-LONGEST = 1.0  # seconds for one file
+GOLDEN = Path(__file__).parent.parent / "golden"
+MOST_STEPS = 20_000  # for one file, beside one for each of its bytes; see `few_steps`
+LARGEST_PEAK = 2**18  # bytes of Python objects while one file is opened, beside 4 for each of its own
 LARGEST_GROWTH = 64 * 2**20  # bytes that the process may grow by, over all files
+
+PACKAGE = str(Path(lora_unitune.__file__).parent)
 
 NUMBERS: list[Any] = [
     0,
@@ -68,9 +79,8 @@ def example(
     layout: Any, family: str, fingerprint: str = "0123456789abcdef", dtype: Any = torch.float16
 ) -> bytes:
     """Returns a small adapter file of each kind of tensor; without a fingerprint, as other tools write it."""
-    lora = LoraSettings(
-        unet_rank=2, unet_targets=("to_q", "to_k", "conv1"), text_encoder_rank=1, text_encoder_2_rank=1
-    )
+    lora = {part: LoraSettings(1) for part in FAMILIES[family].parts}
+    lora["unet"] = LoraSettings(2, targets=("to_q", "to_k", "conv1"))
     shapes = LAYERS[family]
     sides = ("lora_A", "lora_B")
     tensors = {
@@ -81,12 +91,12 @@ def example(
     adapter = Adapter(
         tensors=tensors,
         rare_tokens="zqrt ohwx",
-        recipe=Recipe(lora=lora),
+        recipe=FAMILIES[family].complete(Recipe(lora=lora)),
         base="pocket",
         fingerprint=fingerprint,
         photo_latents=torch.ones(1, 4, 2, 2) if fingerprint else None,
         family=family,
-        resolution=64,
+        size=(96, 64),
         seed=1,
         seconds=2.0,
         date="2026-01-02",
@@ -190,6 +200,63 @@ def raw_bytes(content: bytes, rng: random.Random) -> bytes:
 MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (tensor_entries, metadata_entries, raw_bytes)
 
 
+@contextmanager
+def few_steps(most: int = MOST_STEPS) -> Iterator[None]:
+    """Counts the lines that run in this package and the Python functions that run anywhere.
+
+    Raises:
+        AssertionError: there are more than `most`; inside, as soon as there are, so that no loop is endless.
+    """
+    steps, before = 0, sys.gettrace()
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        steps += event in ("call", "line")
+        assert steps <= most, f"more than {most} steps, the last in {frame.f_code.co_name}"
+        return count if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def little_memory(most: int) -> Iterator[None]:
+    """Raises an AssertionError when the Python objects made inside come to more than `most` bytes at once."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= most, f"{peak} bytes of Python objects, more than {most}"
+
+
+def open_as(opened: Callable[[Path], Any], path: Path) -> str:
+    """Opens one file in one way.
+
+    Returns:
+        "read" or "refused".
+
+    Raises:
+        AssertionError: it took too many steps or too much memory, or the error isn't one printable line.
+        Exception: whatever but this package's own error the file caused.
+    """
+    size = path.stat().st_size
+    try:
+        with little_memory(LARGEST_PEAK + 4 * size), few_steps(MOST_STEPS + size):
+            found = opened(path)
+    except AdapterFileError as error:
+        assert "\n" not in str(error) and str(error).isprintable(), str(error)
+        return "refused"
+    if isinstance(found, Adapter):
+        held = sum(tensor.nbytes for tensor in found.tensors.values())
+        assert held <= 4 * size, f"{held} bytes of tensors out of a file of {size}"
+    return "read"
+
+
 def open_mutated(count: int, seed: int = 0) -> Counter[str]:
     """Opens mutated files.
 
@@ -201,13 +268,21 @@ def open_mutated(count: int, seed: int = 0) -> Counter[str]:
         How many were read, and how many refused.
 
     Raises:
-        AssertionError: one took too long, or the process grew too large.
+        AssertionError: one took too many steps, or the process grew too large.
         Exception: whatever but this package's own error a file caused.
     """
     rng, found = random.Random(seed), Counter[str]()
     examples = [example(layout, family, fingerprint) for layout in ("diffusers", "kohya")
                 for family in LAYERS for fingerprint in ("0123456789abcdef", "")]  # fmt: skip
     examples += [example("diffusers", family, dtype=torch.int8) for family in LAYERS]
+    examples += [
+        path.read_bytes() for path in sorted(GOLDEN.glob("v1-*-*.safetensors")) if "image" not in path.name
+    ]
+    for content in examples:  # what is made once, such as tables of names, is no work of a mutated file
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            file.write(content)
+            file.flush()
+            Adapter.load(file.name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated.safetensors"
@@ -219,16 +294,11 @@ def open_mutated(count: int, seed: int = 0) -> Counter[str]:
                 except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
                     break  # the mutation before left nothing to change
             path.write_bytes(content)
-            started = time.perf_counter()
             for opened in (describe, Adapter.load):
                 try:
-                    opened(path)
-                    found["read"] += 1
-                except AdapterFileError as error:
-                    assert "\n" not in str(error) and str(error).isprintable(), (number, str(error))
-                    found["refused"] += 1
-            seconds = time.perf_counter() - started
-            assert seconds < LONGEST, f"file {number} took {seconds:.1f} s"
+                    found[open_as(opened, path)] += 1
+                except Exception as error:
+                    raise AssertionError(f"file {number} of seed {seed}: {error!r}") from error
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < LARGEST_GROWTH, f"the process grew by {grown} bytes"
     return found

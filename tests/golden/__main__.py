@@ -14,17 +14,20 @@ from pathlib import Path
 
 import torch
 from conftest import save_sd15, save_sdxl
-from random_adapters import EDIT, LORA, make_adapter
+from random_adapters import EDIT, LORA, changed, make_adapter
 from safetensors.torch import save_file
 
-from lora_unitune.adapter.convert import convert, open_adapter
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.convert import convert
 from lora_unitune.adapter.header import FORMAT_VERSION
+from lora_unitune.adapter.int8 import pack, unpack
 from lora_unitune.editing.editor import Editor
 from lora_unitune.families import load_base
 
 FOLDER = Path(__file__).parent
 SETTINGS = replace(EDIT, strength=0.9, guidance_rescale=0.5)
 PROMPT = "zqrt ohwx a fox"
+SIZE = (48, 32)
 
 
 def main() -> None:
@@ -36,14 +39,16 @@ def main() -> None:
 def write(family: str, save: Callable[[Path], Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(str(save(Path(folder) / f"tiny-{family}")), device="cpu")
-    lora = replace(LORA, unet_rank=2, text_encoder_rank=1, unet_targets=("to_q", "conv1", "ff.net.2"))
-    adapter = replace(make_adapter(base, lora), date="2026-11-23")
+    lora = changed(LORA, unet={"rank": 2, "targets": ("to_q", "conv1", "ff.net.2")}, text_encoder={"rank": 1})
+    adapter = replace(make_adapter(base, lora, size=SIZE), date="2026-11-23", photo_digest="0123abcd" * 4)
     start = f"v{FORMAT_VERSION}-{family}"
     first = FOLDER / f"{start}-diffusers.safetensors"
-    adapter.save(first)
+    rounded = replace(adapter, tensors=unpack(pack(adapter.tensors)))  # so that 8 bits hold it all
+    rounded.save(first)
+    rounded.save(FOLDER / f"{start}-int8.safetensors", dtype=torch.int8)
     convert(first, "kohya", FOLDER / f"{start}-kohya.safetensors")
     convert(first, "peft", FOLDER / f"{start}-peft")
-    again = open_adapter(first)
+    again = Adapter.load(first)
     image = Editor(base).pixels(again, [PROMPT], "", again.photo_latents, [3], SETTINGS)
     save_file({"image": image.to(torch.float16)}, FOLDER / f"{start}-image.safetensors")
 

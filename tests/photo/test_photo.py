@@ -1,4 +1,4 @@
-"""Photos: whatever a person hands in comes out as an upright RGB square, or as one clear error."""
+"""Photos: whatever a person gives comes out upright and in sRGB, or as one clear error."""
 
 from __future__ import annotations
 

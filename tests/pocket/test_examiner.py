@@ -59,6 +59,10 @@ def test_pictures_of_another_size_are_refused() -> None:
 
 
 def test_training_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = dict(examiner.Network().named_parameters())
     network = train_examiner.train(tmp_path, 64, 0.005, batch=16)
+    trained = [weight for name, weight in network.named_parameters() if not torch.equal(weight, start[name])]
+    assert len(trained) > 0.9 * len(start) and all(weight.isfinite().all() for weight in trained)
     pictures, drawn = held_out(8)
     assert 0 <= train_examiner.score(network, pictures, drawn)["object"] <= 1

@@ -19,6 +19,7 @@ from PIL import Image
 from .drawing import HORIZONS, LOOKS, PLACES, SUNS, backdrop, stand
 from .sprites import COLOURED, COLOURS, OBJECTS, sprite
 
+SIDE = 64  # pixels of a picture
 TIMES = ("day", "sunset", "night")
 SIZES = (26 / 64, 34 / 64, 42 / 64)  # small, middling, big
 CENTRES = (5 / 16, 8 / 16, 11 / 16)
@@ -131,7 +132,7 @@ class Counterfactual:
     Attributes:
         scene: the changed scene.
         prompt: the edit as a person would type it.
-        mask: (size, size) bool, the pixels that truly differ.
+        mask: (64, 64) bool, the pixels that truly differ.
     """
 
     scene: Scene
@@ -183,9 +184,9 @@ def draw_scene(seed: int, split: str = "train") -> Scene:
             return scene
 
 
-def render(scene: Scene, size: int = 64) -> Image.Image:
-    """Draws a scene, RGB, `size` × `size` pixels."""
-    side, rng = size * 2, random.Random(scene.seed)
+def render(scene: Scene) -> Image.Image:
+    """Draws a scene, RGB, `SIDE` × `SIDE` pixels: at twice the size, then made smaller by the look."""
+    side, rng = SIDE * 2, random.Random(scene.seed)
     image = backdrop(side, scene.place, scene.time, rng)
     ground = (54 if scene.scale == "small" else 58) / 64  # what is further off stands higher
     if scene.companion:
@@ -197,7 +198,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
         main = main.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     bottom = ground - 0.125 if scene.object == "balloon" else ground
     stand(image, main, scene.time, scene.x, max(bottom, scene.size + 0.04), scene.size)
-    return LOOKS[scene.look](image, size)
+    return LOOKS[scene.look](image, SIDE)
 
 
 def sun(scene: Scene) -> int:
@@ -259,10 +260,10 @@ def change_scene(scene: Scene, change: Change) -> Scene:
     return replace(scene, **values)
 
 
-def counterfactual(scene: Scene, change: Change, size: int = 64) -> Counterfactual:
+def counterfactual(scene: Scene, change: Change) -> Counterfactual:
     """The scene after an edit, the prompt that asks for it, and the pixels that truly differ."""
     changed = change_scene(scene, change)
-    before, after = (np.asarray(render(s, size), dtype=np.int16) for s in (scene, changed))
+    before, after = (np.asarray(render(s), dtype=np.int16) for s in (scene, changed))
     return Counterfactual(changed, _edit_prompt(changed, change), (np.abs(before - after) > 6).any(-1))
 
 

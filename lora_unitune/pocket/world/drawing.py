@@ -34,8 +34,8 @@ PAPER = np.array([250.0, 248.0, 242.0])
 SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
 
 
-def _lit(colour: Rgb, time: str, table: dict[str, tuple[float, float, float]] = LIGHT) -> Rgb:
-    return tuple(int(c * f) for c, f in zip(colour, table[time], strict=False))  # type: ignore[return-value]
+def _lit(colour: Rgb, time: str) -> Rgb:
+    return tuple(int(c * f) for c, f in zip(colour, LIGHT[time], strict=True))  # type: ignore[return-value]
 
 
 def _wave(
