@@ -25,7 +25,7 @@ from lora_unitune.families import resolve_device
 from ..origin import origin
 from .bases import NAMES
 from .steps import METHODS, compare, measure
-from .whole import first_picture, growth, reach
+from .whole import cold_commands, first_picture, growth, reach
 
 _device = click.option("--device", default="auto", show_default=True)
 _output = click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False))
@@ -82,6 +82,16 @@ def steps_command(
 def reach_command(scenes: int, most: int, device: str, output: Path | None) -> None:
     """Time to the same reconstruction of held-out scenes, against the rival."""
     _tell(device, output, most=most, scenes=[reach(number, most, device) for number in range(scenes)])
+
+
+@main.command("commands")
+@click.option("--other", required=True, type=click.Path(exists=True, path_type=Path), help="The other tree.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Of the fit.")
+@_output
+def commands_command(other: Path, rounds: int, steps: int, output: Path | None) -> None:
+    """Cold inspect, edit and fit of this tree and of another, in turns."""
+    _tell("cpu", output, rounds=rounds, steps=steps, commands=cold_commands(rounds, str(other), steps))
 
 
 def _plain(name: str, work: Callable[[int, str], Any], what: str, default: int) -> None:

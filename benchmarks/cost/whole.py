@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -123,6 +125,41 @@ def first_picture(rounds: int, device: str) -> dict[str, Any]:
             rows.setdefault("the command edit in all", []).append(time.perf_counter() - whole)
     return {
         name: {"median": float(np.median(v)), "least": min(v), "most": max(v)} for name, v in rows.items()
+    }
+
+
+def cold_commands(rounds: int, other: str, steps: int) -> dict[str, Any]:
+    """Seconds of cold commands of this tree and of another, in turns; medians.
+
+    Args:
+        rounds: how often each command runs of each tree.
+        other: the folder of the other tree, which holds its lora_unitune.
+        steps: of the fit.
+    """
+    here = str(Path(__file__).resolve().parents[2])
+    rows: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file, photo, picture = (str(Path(folder) / n) for n in ("a.safetensors", "photo.png", "out.png"))
+        noise_photo().save(photo)
+        fit(photo, overrides=("fit.steps=2",)).save(file)
+        commands = {
+            "inspect": ["inspect", file],
+            "edit": ["edit", file, "a fox at night", "-o", picture, "--overwrite"],
+            "fit": ["fit", photo, "-o", f"{folder}/b.safetensors", "--overwrite", f"--set=fit.steps={steps}"],
+        }
+        for (name, command), _ in itertools.product(commands.items(), range(rounds)):
+            for tree, place in {"other": other, "this": here}.items():
+                started = time.perf_counter()
+                subprocess.run([sys.executable, "-c", COMMAND, *command], capture_output=True, check=True,
+                               env={**os.environ, "PYTHONPATH": place}, cwd=folder)  # fmt: skip
+                seconds = time.perf_counter() - started
+                rows.setdefault(name, {}).setdefault(tree, []).append(seconds)
+    return {
+        name: {
+            **{t: {"median": float(np.median(v)), "least": min(v), "most": max(v)} for t, v in row.items()},
+            "times_other": float(np.median(row["this"]) / np.median(row["other"])),
+        }
+        for name, row in rows.items()
     }
 
 

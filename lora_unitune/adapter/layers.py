@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,7 +83,8 @@ def attach(base: Base, lora: Mapping[str, LoraSettings], generator: torch.Genera
         _check_targets(part, base.parts[part], lora[part].targets)
     for part, config in configs.items():
         module = base.parts[part]
-        with torch.random.fork_rng(devices=[]):  # PEFT's own draws leave the caller's random state alone
+        # PEFT's own draws leave the caller's random state alone
+        with torch.random.fork_rng(devices=[]), _without_unloaded_kinds():
             inject_adapter_in_model(config, module, ADAPTER_NAME)
         for _, layer in _layers(module):
             layer.lora_A[ADAPTER_NAME].float()
@@ -90,6 +92,22 @@ def attach(base: Base, lora: Mapping[str, LoraSettings], generator: torch.Genera
             if generator is not None:
                 _draw(layer.lora_A[ADAPTER_NAME].weight, generator)
         module.eval()
+
+
+@contextlib.contextmanager
+def _without_unloaded_kinds() -> Iterator[None]:
+    """Keeps PEFT from importing bitsandbytes to ask whether a layer is of its kinds: before that, none is."""
+    from peft.tuners.lora import model
+
+    names = [name for name in ("is_bnb_available", "is_bnb_4bit_available") if hasattr(model, name)]
+    asked = {} if "bitsandbytes" in sys.modules else {name: getattr(model, name) for name in names}
+    for name in asked:
+        setattr(model, name, lambda: False)
+    try:
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(model, name, function)
 
 
 def collect(base: Base) -> dict[str, Tensor]:

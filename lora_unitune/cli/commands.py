@@ -16,6 +16,7 @@ from lora_unitune.cli.files import (
     push_command,
     strip_command,
 )
+from lora_unitune.cli.imports import load_libraries
 from lora_unitune.cli.options import (
     FILE,
     FOLDER,
@@ -121,6 +122,7 @@ def fit_command(
     notes: list[str] = []
     with progress() as display:
         display.show("loading the base", 0, 1)
+        load_libraries()
         from lora_unitune import Adapter, describe, fit
 
         adapter = fit(
@@ -217,6 +219,7 @@ def edit_command(
         from lora_unitune import Adapter, Editor
 
         opened = Adapter.load(adapter, trigger)
+        load_libraries()
         editor = Editor(_base_for(opened, base), device=device)
         display.show("editing", 0, count)
         edits = editor.edits(opened, prompt, seeds, negative_prompt=negative_prompt, photo=photo, **settings)
@@ -289,6 +292,7 @@ def demo_command(
     """
     with progress() as display:
         display.show("loading the base", 0, 1)
+        load_libraries()
         from lora_unitune.cli.demo import run_demo
 
         summary = run_demo(

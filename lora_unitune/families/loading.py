@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lora_unitune.errors import BaseModelError, DeviceError, one_line
 from lora_unitune.families import FAMILIES, POCKET_FOLDER, Family
@@ -140,11 +142,12 @@ def load_components(
     tokenizers = {text.replace("text_encoder", "tokenizer"): text for text in models if _is_text(text)}
     loaders |= dict.fromkeys(tokenizers, (tokenizer, local))
     loaders["scheduler"] = (_scheduler_class(name, index), local)
-    loaded = {}
+    loaded: dict[str, Any] = {}
     for component, (loader, options) in loaders.items():
         try:
             with quiet():
-                loaded[component] = loader.from_pretrained(location, subfolder=component, **options)
+                read = _read_text_encoder(loader, Path(location) / component) if _is_text(component) else None
+                loaded[component] = read or loader.from_pretrained(location, subfolder=component, **options)
         except Exception as error:  # diffusers, transformers, safetensors and json each raise their own
             raise BaseModelError(
                 f"base '{name}': its {component} can't be loaded ({one_line(error)}); it has to be a "
@@ -177,6 +180,36 @@ def fingerprint_of(shape: Mapping[str, Any], sample: Sequence[Tensor]) -> str:
     for tensor in sample:
         digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class _Unfilled(TorchFunctionMode):
+    """Inside its `with` block, `torch.nn.init` leaves new weights as they are: they are read from a file."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs a function of torch, or leaves it out."""
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
+
+
+def _read_text_encoder(model: type[Any], folder: Path) -> Any:
+    """Builds a text encoder of a local folder in float32, or returns None if its file has other names.
+
+    `from_pretrained` also converts the names of older files, but imports a compiler and distributed training
+    for it, which takes a second.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return None
+    weights = load_file(path)
+    with _Unfilled():
+        built = model(model.config_class.from_pretrained(folder, local_files_only=True))
+    expected = {name: weight.shape for name, weight in built.state_dict().items()}
+    if expected != {name: weight.shape for name, weight in weights.items()}:
+        return None
+    built.load_state_dict(weights)
+    return built
 
 
 def _is_text(component: str) -> bool:

@@ -1,0 +1,209 @@
+"""Imports that wait: a command loads the libraries without what they load for others and it never uses.
+
+Importing the models, PEFT and accelerate takes several seconds, more than half of them for a compiler, for
+distributed training, for statistics and for 8-bit layers that an edit never touches. `load_libraries` puts
+these off. While it runs, modules of the packages in `UNUSED` are stand-ins; afterwards none is left in
+`sys.modules`, and a name that a library took from one loads the real package when it is first used. Only
+commands do this, whose process nobody else shares: whoever imports lora_unitune gets the libraries as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+UNUSED = (
+    "bitsandbytes",
+    "scipy.integrate",
+    "scipy.optimize",
+    "scipy.stats",
+    "torch._dynamo",
+    "torch.distributed._composable",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.nn.attention.flex_attention",
+    "transformers.distributed.expert_parallel",
+    "transformers.distributed.tensor_parallel",
+)
+"""The packages put off. Those of torch are all that import one another, so that torch itself never holds a
+stand-in, and the two of transformers call what they import at once."""
+
+LIBRARIES = (
+    "transformers.models.clip.modeling_clip",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.schedulers.scheduling_ddim",
+    "peft.tuners.lora",
+    "accelerate",
+)
+
+
+def load_libraries() -> None:
+    """Imports the libraries that a fit and an edit use, and nothing of `UNUSED`."""
+    import torch  # noqa: F401  # whole, before parts of it are put off
+
+    with deferring(UNUSED):
+        for name in LIBRARIES:
+            # what can't be imported so is imported plainly, and told of, where it is used
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        with contextlib.suppress(Exception):
+            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+            _ = DDIMScheduler().compatibles  # a sampler that is loaded imports all its relatives
+
+
+@contextlib.contextmanager
+def deferring(packages: Sequence[str]) -> Iterator[None]:
+    """Inside the `with` block, packages that aren't loaded yet are imported as stand-ins.
+
+    Args:
+        packages: by dotted name; one that isn't installed stays so.
+    """
+    wanted = [name for name in packages if name not in sys.modules and _is_installed(name)]
+    finder = _Finder(wanted)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        finder.release()
+        sys.meta_path.remove(finder)
+
+
+def _is_installed(name: str) -> bool:
+    top = name.partition(".")[0]
+    return top in sys.modules or importlib.util.find_spec(top) is not None
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds stand-ins for the packages it holds back."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self._held = list(packages)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        held = any(f"{fullname}.".startswith(f"{name}.") for name in self._held)
+        return ModuleSpec(fullname, self, is_package=True) if held else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Runs nothing."""
+
+    def real(self, module: str, name: str) -> Any:
+        """Returns a name of the real module; nothing is put off any longer then."""
+        self.release()
+        return getattr(importlib.import_module(module), name)
+
+    def release(self) -> None:
+        """Takes all stand-ins out of `sys.modules`, so that the next import of each is a real one.
+
+        One stays an attribute of the package above until then, as its module would, unless that package
+        imports by itself what is asked of it.
+        """
+        self._held.clear()
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, _StandIn) and module._finder is self:
+                parent, _, last = name.rpartition(".")
+                above = vars(sys.modules.get(parent, sys))
+                if "__getattr__" in above and above.get(last) is module:
+                    delattr(sys.modules[parent], last)
+                del sys.modules[name]
+
+
+def _is_loaded(module: str) -> bool:
+    found = sys.modules.get(module)
+    return found is not None and not isinstance(found, _StandIn)
+
+
+class _StandIn(ModuleType):
+    """A module that gives names of the real one; it runs only when one of them is used."""
+
+    def __init__(self, name: str, finder: _Finder) -> None:
+        super().__init__(name)
+        self._finder = finder
+        self.__dict__.update(_DECORATORS.get(name, {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module '{self.__name__}' is put off and has no '{name}' yet")
+        if _is_loaded(self.__name__):
+            return getattr(sys.modules[self.__name__], name)
+        return _Name(self._finder, self.__name__, name)
+
+
+class _Name:
+    """A function, class or module of a package that is put off."""
+
+    def __init__(self, finder: _Finder, module: str, name: str) -> None:
+        self._finder, self._module, self._name = finder, module, name
+
+    def _real(self) -> Any:
+        return self._finder.real(self._module, self._name)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self._real()(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._real(),)
+
+    def __instancecheck__(self, thing: object) -> bool:
+        """Says whether a thing is of this class: none is before its module is loaded."""
+        return _is_loaded(self._module) and isinstance(thing, self._real())
+
+    def __subclasscheck__(self, kind: type[Any]) -> bool:
+        return _is_loaded(self._module) and issubclass(kind, self._real())
+
+    def __or__(self, other: Any) -> Any:
+        """Stands for `X | None` in a type hint."""
+        return self
+
+    __ror__ = __or__
+
+
+def _disable(fn: Any = None, *given: Any, **named: Any) -> Any:
+    """Does what `torch._dynamo.disable` does, as soon as there is a compiler to be kept away."""
+    if fn is None:
+        return lambda fn: _disable(fn, *given, **named)
+    shielded: list[Any] = []
+
+    @functools.wraps(fn)
+    def call(*inputs: Any, **options: Any) -> Any:
+        disable = getattr(sys.modules.get("torch._dynamo"), "disable", _disable)
+        if disable is _disable:
+            return fn(*inputs, **options)
+        if not shielded:
+            shielded.append(disable(fn, *given, **named))
+        return shielded[0](*inputs, **options)
+
+    return call
+
+
+def _assume_constant_result(fn: Any) -> Any:
+    fn._dynamo_marked_constant = True  # all that torch's own does
+    return fn
+
+
+_DECORATORS: dict[str, dict[str, Any]] = {
+    "torch._dynamo": {
+        "disable": _disable,
+        "assume_constant_result": _assume_constant_result,
+        "allow_in_graph": lambda thing: thing,  # diffusers' own answer where there is no compiler
+    }
+}
+"""What libraries call while they are imported, by module."""
