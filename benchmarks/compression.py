@@ -40,13 +40,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def worth_of_layers(layers: list[Layer]) -> dict[str, tuple[float, int]]:
     """Share of the effect, and bytes in 16 bits, by the kind of layer."""
-    total = sum(float(layer.worths.sum()) for layer in layers)
+    total = sum(float(layer.importance.sum()) for layer in layers)
     found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for layer in layers:
         kind = ".".join(name for name in layer.module.split(".")[-3:] if not name.isdigit())
         name = kind if layer.part == "unet" else layer.part
         share, size = found[name]
-        worth = float(layer.worths.sum()) / total
+        worth = float(layer.importance.sum()) / total
         found[name] = share + worth, size + 2 * layer.numbers * len(layer.values)
     return found
 

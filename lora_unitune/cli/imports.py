@@ -20,6 +20,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from lora_unitune import families
+
 UNUSED = (
     "bitsandbytes",
     "scipy.integrate",
@@ -37,14 +39,7 @@ UNUSED = (
 """The packages put off. Those of torch are all that import one another, so that torch itself never holds a
 stand-in, and the two of transformers call what they import at once."""
 
-LIBRARIES = (
-    "transformers.models.clip.modeling_clip",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.schedulers.scheduling_ddim",
-    "peft.tuners.lora",
-    "accelerate",
-)
+LIBRARIES = (*families.LIBRARIES, "diffusers.schedulers.scheduling_ddim", "peft.tuners.lora", "accelerate")
 
 
 def load_libraries() -> None:

@@ -131,6 +131,14 @@ FAMILIES: dict[str, Family] = {
 """The table of families, by name."""
 
 
+LIBRARIES = (
+    "transformers.models.clip.modeling_clip",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+)
+"""Modules of libraries that the families' loaders import: a command may import them early, its own way."""
+
+
 class Vocabulary(Protocol):
     """What rare tokens are looked for in: a base's tokenizer and the embeddings of its tokens."""
 
