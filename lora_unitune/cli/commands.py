@@ -216,10 +216,12 @@ def edit_command(
     images: list[dict[str, Any]] = []
     with progress() as display:
         display.show("loading the base", 0, 1)
-        from lora_unitune import Adapter, Editor
+        from lora_unitune import Adapter
 
         opened = Adapter.load(adapter, trigger)
         load_libraries()
+        from lora_unitune import Editor
+
         editor = Editor(_base_for(opened, base), device=device)
         display.show("editing", 0, count)
         edits = editor.edits(opened, prompt, seeds, negative_prompt=negative_prompt, photo=photo, **settings)
