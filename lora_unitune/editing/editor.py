@@ -20,7 +20,7 @@ from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.editing.record import Edit
 from lora_unitune.editing.sampling import sample_edit
-from lora_unitune.errors import AdapterFileError, PromptError, RecipeError, SettingError
+from lora_unitune.errors import AdapterFileError, DeviceError, PromptError, RecipeError, SettingError
 from lora_unitune.families import Base, Condition, joined, load_base
 from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
@@ -86,6 +86,7 @@ class Editor:
             SettingError: A setting is unknown or out of its range, or there is no photo to start from.
             AdapterFileError: The adapter was made for another base, or has the wrong tensors.
             PhotoError: The photo can't be read.
+            DeviceError: The device's memory doesn't suffice.
         """
         return next(
             self.edits(adapter, prompt, [seed], negative_prompt=negative_prompt, photo=photo, **settings)
@@ -266,7 +267,7 @@ class Editor:
             check_fits(adapter, self.base)
             if not adapter.rare_tokens:
                 raise PromptError(
-                    "the adapter doesn't say its rare tokens; open it with trigger, the words that call its subject"
+                    "the adapter doesn't say its rare tokens; open it with trigger='WORDS', which call its subject"
                 )
         settings = self._settings(adapter, photo is not None, given)
         for seed in seeds:
@@ -297,7 +298,7 @@ class Editor:
                 images = self.pixels(adapter, texts, negative_prompt, start, chosen, settings, size)
             except torch.OutOfMemoryError:
                 if len(chosen) == 1:
-                    raise
+                    raise _out_of_memory(size) from None
                 batch_size = len(chosen) // 2
                 continue
             seconds = (time.perf_counter() - started) / len(chosen)
@@ -349,7 +350,7 @@ class Editor:
         if adapter is None or adapter.photo_latents is None:
             raise SettingError(
                 f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
-                "give the photo, or strength 1"
+                "pass photo=PATH, or strength=1"
             )
         return self._checked_latents(adapter), "adapter", size
 
@@ -375,6 +376,13 @@ class Editor:
 def _check_seed(seed: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
         raise SettingError(f"seed = {seed!r} isn't allowed; give a whole number from 0 to 2**63 - 1")
+
+
+def _out_of_memory(size: tuple[int, int]) -> DeviceError:
+    return DeviceError(
+        f"memory ran out for an edit of {size[0]} x {size[1]} pixels; close other programs, or edit with "
+        "device='cpu'"
+    )
 
 
 def _to_image(pixels: Tensor) -> Image.Image:
