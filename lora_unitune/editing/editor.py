@@ -27,6 +27,7 @@ from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.settings import EditSettings, PhotoSettings, make_section
 
 _LARGEST_SEED = 2**63 - 1
+_CPU_BATCH_PIXELS = 2**18  # of all images that a CPU samples at a time
 
 Source = str | Path | Image.Image
 
@@ -99,7 +100,7 @@ class Editor:
         count: int,
         seed: int = 0,
         *,
-        batch_size: int = 0,
+        batch_size: int = 8,
         **settings: Any,
     ) -> list[Edit]:
         """Makes several edits that differ in their noise.
@@ -109,7 +110,7 @@ class Editor:
             prompt: As for `edit`.
             count: How many; their seeds are `seed`, `seed` + 1, and so on.
             seed: Seed of the first.
-            batch_size: How many are sampled at a time; 0 takes as many as the device's memory allows.
+            batch_size: How many are sampled at a time at most, as for `edits`.
             **settings: The other arguments of `edit`.
 
         Raises:
@@ -119,7 +120,7 @@ class Editor:
             raise SettingError(f"count = {count!r} isn't allowed; give a whole number from 1")
         _check_seed(seed + count - 1 if isinstance(seed, int) else seed)
         seeds = [seed + index for index in range(count)]
-        return list(self.edits(adapter, prompt, seeds, batch_size=batch_size or count, **settings))
+        return list(self.edits(adapter, prompt, seeds, batch_size=batch_size, **settings))
 
     def edits(
         self,
@@ -140,7 +141,9 @@ class Editor:
             seeds: Of the noise of each.
             negative_prompt: As for `edit`.
             photo: As for `edit`.
-            batch_size: How many are sampled at a time; fewer where memory doesn't suffice.
+            batch_size: How many are sampled at a time at most: a batch is faster than one by one, and may
+                differ from it by one level of 255 in a few values. Fewer where memory doesn't suffice, and on a
+                CPU for larger images, where a batch gains nothing.
             **settings: As for `edit`.
 
         Raises:
@@ -291,6 +294,8 @@ class Editor:
             **dataclasses.asdict(settings),
         }
         left = list(seeds)
+        if self.base.device.type == "cpu":
+            batch_size = max(1, min(batch_size, _CPU_BATCH_PIXELS // (size[0] * size[1])))
         while left:
             chosen = left[:batch_size]
             texts = [text] * len(chosen)
