@@ -15,6 +15,11 @@ import pytest
 
 import lora_unitune
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - Python 3.10
+    import tomli as tomllib
+
 PACKAGE = Path(lora_unitune.__file__).resolve().parent
 FOLDERS = (
     ("errors",),
@@ -141,6 +146,15 @@ def test_folders_import_each_other_in_no_circle() -> None:
         free = {folder for folder, imported in graph.items() if not imported & graph.keys()}
         assert free, f"these folders import each other: {sorted(graph)}"
         graph = {folder: imported for folder, imported in graph.items() if folder not in free}
+
+
+def test_nothing_imports_what_the_wheel_leaves_out() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    excluded = project["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"]
+    left_out = {path.removeprefix("/lora_unitune/").replace("/", ".") for path in excluded}
+    assert left_out == {"pocket.pretraining", "pocket.world"}
+    for folder, imported in imports_by_folder().items():
+        assert folder in left_out or not imported & left_out
 
 
 def test_importing_the_package_and_the_command_line_loads_nothing_heavy() -> None:

@@ -50,7 +50,9 @@ def saved_and_loaded(adapter: Adapter, path: Path) -> Adapter:
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
-@pytest.mark.parametrize(("negative_prompt", "size"), [("", (32, 32)), ("a red car", (32, 32)), ("", (48, 32))])
+@pytest.mark.parametrize(
+    ("negative_prompt", "size"), [("", (32, 32)), ("a red car", (32, 32)), ("", (48, 32))]
+)
 def test_a_plain_pipeline_gives_the_same_image(
     request: pytest.FixtureRequest,
     tmp_path: Path,
