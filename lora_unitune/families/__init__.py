@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lora_unitune.errors import RecipeError
 from lora_unitune.families.names import SD_NAMES, SDXL_NAMES, LayerNames
