@@ -159,7 +159,7 @@ def test_a_failed_save_leaves_nothing(adapter: Adapter, tmp_path: Path) -> None:
 
 def test_an_existing_file_stays_unless_overwriting_is_allowed(adapter: Adapter, saved: Path) -> None:
     content = saved.read_bytes()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         adapter.save(saved)
     assert saved.read_bytes() == content
     adapter.save(saved, overwrite=True)
@@ -412,7 +412,7 @@ def test_headers_are_read_without_torch(adapter: Adapter, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_alphas_are_read_in_every_number_format(adapter: Adapter, tmp_path: Path, dtype: Any) -> None:
+def test_alphas_are_read_in_every_dtype(adapter: Adapter, tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "photo.safetensors"
     adapter.save(path, layout="kohya")
     tensors = {key: t.to(dtype) if key.endswith(".alpha") else t for key, t in load_file(path).items()}
@@ -446,5 +446,5 @@ def test_a_header_that_lies_about_places_is_refused_before_tensors_are_read(save
                 pytest.fail(name)
     twice = json.dumps(header)[:-1].encode() + b', "__metadata__": {}}'
     saved.write_bytes(len(twice).to_bytes(8, "little") + twice + body)
-    with pytest.raises(AdapterFileError, match="a name twice"):
+    with pytest.raises(AdapterFileError, match="a duplicate name"):
         describe(saved)

@@ -128,13 +128,13 @@ def test_outputs_that_cannot_be_written(
 ) -> None:
     fit = ("fit", photo, "--base", tiny_sd15, *QUICK)
     assert "--overwrite" in refused(*fit, "-o", adapter_file, folder=tmp_path)
-    assert "there is no folder" in refused(*fit, "-o", tmp_path / "none" / "a.safetensors", folder=tmp_path)
+    assert "none doesn't exist" in refused(*fit, "-o", tmp_path / "none" / "a.safetensors", folder=tmp_path)
     assert "isn't a file" in refused(*fit, "-o", tmp_path, folder=tmp_path)
     edit = (*edit, "a fox")
     (tmp_path / "out-1.png").write_bytes(b"mine")
     assert "--overwrite" in refused(*edit, "-o", tmp_path / "out.png", "-n", "2", folder=tmp_path)
     assert "end in .png" in refused(*edit, "-o", tmp_path / "out.jpg", folder=tmp_path, code=2)
-    assert "there is no folder" in refused(*edit, "-o", tmp_path / "none" / "out.png", folder=tmp_path)
+    assert "none doesn't exist" in refused(*edit, "-o", tmp_path / "none" / "out.png", folder=tmp_path)
     assert run(*edit, "-o", tmp_path / "out-1.png", "--overwrite").exit_code == 0
 
 
