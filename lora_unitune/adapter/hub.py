@@ -70,7 +70,7 @@ def prepare_push(
         raise SettingError(f"there are {len(pictures)} pictures; a card shows up to {_MOST_PICTURES}")
     described = describe(path)
     if not described["rare_tokens"]:
-        raise SettingError(f"{path} doesn't say its rare tokens; push a file that lora-unitune fitted")
+        raise SettingError(f"{path} doesn't store rare tokens; push a file that lora-unitune fitted")
     if not Path(path).is_file():
         raise AdapterFileError(f"{path} isn't one file; convert it to diffusers' layout and push that")
     files = {Path(path).name: Path(path).read_bytes()}

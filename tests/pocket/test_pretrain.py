@@ -77,7 +77,7 @@ def test_every_part_of_the_unet_gets_a_gradient(trained: Path) -> None:
 def test_training_does_not_start_from_weights_of_another_depth(tmp_path: Path) -> None:
     deep = UNet2DConditionModel.from_config({**build_unet().config, "layers_per_block": 2})
     deep.save_pretrained(tmp_path / "unet")
-    with pytest.raises(ClickException, match="has 2 layers a block"):
+    with pytest.raises(ClickException, match="has 2 layers per block"):
         earlier_unet(tmp_path, 1)
 
 
