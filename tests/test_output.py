@@ -1,4 +1,4 @@
-"""Writing: all of a file or nothing, and one line when it can't be done."""
+"""Writing: atomic, with one line of error if it fails."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_every_argument_with_its_value_is_an_option(command: str, option: click.
     [
         ("edit", "edit.strength = 0.01 leaves none of 9 steps; raise one",
          "--strength 0.01 leaves none of 9 steps; raise one"),
-        ("edit", "open it with trigger, the words that call it", "open it with --trigger, the words that call it"),
+        ("edit", "open it with trigger, words that stand for it", "open it with --trigger, words that stand for it"),
         ("edit", "the seed of a photo, its base and steps", "the seed of a photo, its base and steps"),
         ("edit", "edit.residual = 'x' isn't allowed", "--residual isn't allowed"),
         ("compress", "give one limit: keep or to_bytes", "give one limit: --keep or --to-bytes"),

@@ -1,4 +1,4 @@
-"""The record of an edit: what a PNG says of itself, and that it repeats exactly."""
+"""The record of an edit: the settings in a PNG repeat it exactly."""
 
 from __future__ import annotations
 

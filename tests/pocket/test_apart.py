@@ -13,13 +13,13 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if PRETRAINING not in path
 
 
 def names_imported(source: str) -> set[str]:
-    """Returns every word of every import, anywhere in a file."""
-    found: set[str] = set()
+    """Returns every component of every imported name, anywhere in a file."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             dotted = [name.name for name in node.names] + [getattr(node, "module", None) or ""]
-            found |= {word for one in dotted for word in one.split(".")}
-    return found
+            names |= {word for one in dotted for word in one.split(".")}
+    return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
