@@ -328,7 +328,7 @@ def test_convert_and_strip_on_the_command_line(adapter_file: Path, edit: list[An
     folder, bare = tmp_path / "peft", tmp_path / "bare.safetensors"
     assert run("convert", adapter_file, "--to", "peft", "-o", folder).exit_code == 0
     assert json.loads(run("strip", folder, "-o", bare, "--json").stdout)["bytes"] == bare.stat().st_size
-    assert "there already" in refused("convert", bare, "--to", "peft", "-o", folder, folder=tmp_path)
+    assert "already exists" in refused("convert", bare, "--to", "peft", "-o", folder, folder=tmp_path)
     assert run("convert", bare, "--to", "peft", "-o", folder, "--overwrite").exit_code == 0
     out = tmp_path / "out.png"
     assert run(*edit[:-1], folder, "a fox", "-o", out, "--strength", "1").exit_code == 0
