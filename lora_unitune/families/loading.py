@@ -221,10 +221,12 @@ def _scheduler_class(name: str, index: Mapping[str, Any]) -> type[Any]:
     import diffusers
 
     kind = str((index.get("scheduler") or [None, None])[1])
-    found = getattr(diffusers, kind, None)
-    if not (isinstance(found, type) and kind.endswith("Scheduler") and hasattr(found, "from_pretrained")):
+    scheduler = getattr(diffusers, kind, None)
+    if not (
+        isinstance(scheduler, type) and kind.endswith("Scheduler") and hasattr(scheduler, "from_pretrained")
+    ):
         raise BaseModelError(f"base '{name}' names a scheduler '{kind}' that diffusers doesn't have")
-    return found
+    return scheduler
 
 
 @contextlib.contextmanager

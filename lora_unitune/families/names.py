@@ -136,7 +136,7 @@ WIDTH_KEY = "attn2.to_k.lora_A.weight"
 
 def _sdxl_blocks() -> dict[str, str]:
     """Returns the blocks of SDXL's UNet as diffusers names them -> as Stability's code and kohya name them."""
-    found = {
+    blocks = {
         "conv_in": "input_blocks.0.0",
         "conv_out": "out.2",
         "mid_block.resnets.0": "middle_block.0",
@@ -144,22 +144,22 @@ def _sdxl_blocks() -> dict[str, str]:
         "mid_block.resnets.1": "middle_block.2",
     }
     for ours, theirs in {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}.items():
-        found |= {f"{ours}.linear_1": f"{theirs}.0", f"{ours}.linear_2": f"{theirs}.2"}
+        blocks |= {f"{ours}.linear_1": f"{theirs}.0", f"{ours}.linear_2": f"{theirs}.2"}
     for level in range(3):
         for layer in range(2):
             place = f"input_blocks.{3 * level + layer + 1}"
-            found[f"down_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+            blocks[f"down_blocks.{level}.resnets.{layer}"] = f"{place}.0"
             if level > 0:
-                found[f"down_blocks.{level}.attentions.{layer}"] = f"{place}.1"
+                blocks[f"down_blocks.{level}.attentions.{layer}"] = f"{place}.1"
         for layer in range(3):
             place = f"output_blocks.{3 * level + layer}"
-            found[f"up_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+            blocks[f"up_blocks.{level}.resnets.{layer}"] = f"{place}.0"
             if level < 2:
-                found[f"up_blocks.{level}.attentions.{layer}"] = f"{place}.1"
+                blocks[f"up_blocks.{level}.attentions.{layer}"] = f"{place}.1"
         if level < 2:
-            found[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 * level + 3}.0.op"
-            found[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.2.conv"
-    return found
+            blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 * level + 3}.0.op"
+            blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.2.conv"
+    return blocks
 
 
 SD_NAMES = LayerNames(
