@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from lora_unitune.families import resolve_device
+from lora_unitune.families.loading import resolve_device
 
 from ..origin import origin
 from .bases import NAMES

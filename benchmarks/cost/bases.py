@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_unitune.families import POCKET_FOLDER, Base, load_base, resolve_device
+from lora_unitune.families import POCKET_FOLDER, Base, load_base
+from lora_unitune.families.loading import resolve_device
 from lora_unitune.families.sd import StableDiffusionBase
 from lora_unitune.families.sdxl import StableDiffusionXLBase
 

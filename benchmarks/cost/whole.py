@@ -132,28 +132,31 @@ def cold_commands(rounds: int, other: str, steps: int) -> dict[str, Any]:
     """Seconds of cold commands of this tree and of another, alternating; medians.
 
     Args:
-        rounds: How often each command runs of each tree.
-        other: The folder of the other tree, which holds its lora_unitune.
+        rounds: Number of timed runs of each command in each tree, after one warm-up run.
+        other: Folder of the other tree, which contains its lora_unitune.
         steps: Steps of the fit.
     """
     here = str(Path(__file__).resolve().parents[2])
     rows: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file, photo, picture = (str(Path(folder) / n) for n in ("a.safetensors", "photo.png", "out.png"))
-        noise_photo().save(photo)
-        fit(photo, overrides=("fit.steps=2",)).save(file)
+        photo, file, picture = "photo.png", "photo.safetensors", "out.png"
         commands = {
+            "fit": ["fit", photo, "-o", file, "--overwrite", f"--set=fit.steps={steps}"],
             "inspect": ["inspect", file],
             "edit": ["edit", file, "a fox at night", "-o", picture, "--overwrite"],
-            "fit": ["fit", photo, "-o", f"{folder}/b.safetensors", "--overwrite", f"--set=fit.steps={steps}"],
         }
-        for (name, command), _ in itertools.product(commands.items(), range(rounds)):
-            for tree, place in {"other": other, "this": here}.items():
+        places = {tree: (place, Path(folder) / tree) for tree, place in (("other", other), ("this", here))}
+        for _, own in places.values():
+            own.mkdir()
+            noise_photo().save(own / photo)
+        for _, (name, command) in itertools.product(range(rounds + 1), commands.items()):
+            for tree, (place, own) in places.items():
                 started = time.perf_counter()
                 subprocess.run([sys.executable, "-c", COMMAND, *command], capture_output=True, check=True,
-                               env={**os.environ, "PYTHONPATH": place}, cwd=folder)  # fmt: skip
+                               env={**os.environ, "PYTHONPATH": place}, cwd=own)  # fmt: skip
                 seconds = time.perf_counter() - started
                 rows.setdefault(name, {}).setdefault(tree, []).append(seconds)
+    rows = {name: {tree: v[1:] for tree, v in row.items()} for name, row in rows.items()}  # without warm-up
     return {
         name: {
             **{t: {"median": float(np.median(v)), "least": min(v), "most": max(v)} for t, v in row.items()},

@@ -116,7 +116,7 @@ def compress(
     if keep is None and to_bytes is None and eight_bit:
         keep = 1.0
     if (keep is None) == (to_bytes is None):
-        raise SettingError("give one limit: keep or to_bytes")
+        raise SettingError("give one limit, keep=SHARE or to_bytes=N")
     if keep is not None and not 0 < keep <= 1:
         raise SettingError(f"keep = {keep:g} isn't allowed; give a share above 0 and up to 1, such as 0.99")
     layers = take_apart(adapter, base) if layers is None else layers

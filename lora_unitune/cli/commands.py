@@ -35,6 +35,9 @@ from lora_unitune.cli.options import (
 from lora_unitune.cli.terminal import Commands, bytes_text, print_notes, progress, shown, writing
 from lora_unitune.settings import EditSettings, FitSettings
 
+_BATCH = 4
+"""Batch size of `edit -n`: twice as fast as single images, while the first ones are still available early."""
+
 if TYPE_CHECKING:
     from lora_unitune import Adapter, Edit
 
@@ -225,7 +228,15 @@ def edit_command(
 
         editor = Editor(_base_for(opened, base), device=device)
         display.show("editing", 0, count)
-        edits = editor.edits(opened, prompt, seeds, negative_prompt=negative_prompt, photo=photo, **settings)
+        edits = editor.edits(
+            opened,
+            prompt,
+            seeds,
+            negative_prompt=negative_prompt,
+            photo=photo,
+            batch_size=_BATCH,
+            **settings,
+        )
         for done, (path, edit) in enumerate(zip(paths, edits, strict=True), start=1):
             with display.aside(), writing(path):
                 edit.save(path, overwrite=overwrite)

@@ -20,9 +20,6 @@ _MENTION = re.compile(
 )
 """A possible argument or setting, with or without its value: "edit.strength = 2", "overwrite=True"."""
 
-_SURELY_NAMED = re.compile(r".*\bwith NAME,.*|.*\bNAME or \w+_\w+.*")
-"""Contexts in which a plain English word is an argument's name."""
-
 
 def in_options(message: str, command: click.Command, values: Mapping[str, Any]) -> str:
     """Returns an error's message with the command's options in place of arguments and settings.
@@ -42,7 +39,7 @@ def in_options(message: str, command: click.Command, values: Mapping[str, Any]) 
     def translated(text: str) -> str:
         def in_place(match: re.Match[str]) -> str:
             name, value = match["name"], match["value"]
-            if name in options and (value or "." in name or "_" in name or _is_named(match)):
+            if name in options and (value or "." in name or "_" in name):
                 return _written(options[name], value)
             if "overrides" in options and _is_setting(name):
                 return f"--set {name}" + (f"={_unquoted(value)}" if value else "")
@@ -62,12 +59,6 @@ def _options_of(command: click.Command) -> dict[str, click.Option]:
     options = {option.name: option for option in command.params if isinstance(option, click.Option)}
     settings = {each.setting: each for each in options.values() if isinstance(each, SettingOption)}
     return {str(name): option for name, option in {**options, **settings}.items()}
-
-
-def _is_named(match: re.Match[str]) -> bool:
-    """Returns whether a plain word is an argument's name rather than part of the sentence."""
-    around = f"{match.string[: match.start()]}NAME{match.string[match.end() :]}"
-    return _SURELY_NAMED.fullmatch(around) is not None
 
 
 def _is_setting(name: str) -> bool:

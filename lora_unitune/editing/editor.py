@@ -20,13 +20,14 @@ from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.editing.record import Edit
 from lora_unitune.editing.sampling import sample_edit
-from lora_unitune.errors import AdapterFileError, PromptError, RecipeError, SettingError
+from lora_unitune.errors import AdapterFileError, DeviceError, PromptError, RecipeError, SettingError
 from lora_unitune.families import Base, Condition, joined, load_base
 from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.settings import EditSettings, PhotoSettings, make_section
 
 _LARGEST_SEED = 2**63 - 1
+_CPU_BATCH_PIXELS = 2**18  # maximum number of pixels in a batch on a CPU
 
 Source = str | Path | Image.Image
 
@@ -86,6 +87,7 @@ class Editor:
             SettingError: A setting is unknown or out of its range, or there is no photo to start from.
             AdapterFileError: The adapter was made for another base, or has the wrong tensors.
             PhotoError: The photo can't be read.
+            DeviceError: The device runs out of memory.
         """
         return next(
             self.edits(adapter, prompt, [seed], negative_prompt=negative_prompt, photo=photo, **settings)
@@ -98,7 +100,7 @@ class Editor:
         count: int,
         seed: int = 0,
         *,
-        batch_size: int = 0,
+        batch_size: int = 8,
         **settings: Any,
     ) -> list[Edit]:
         """Samples several edits with different noise.
@@ -108,7 +110,7 @@ class Editor:
             prompt: As for `edit`.
             count: Number of edits; their seeds are `seed`, `seed` + 1, and so on.
             seed: Seed of the first edit.
-            batch_size: Number of samples in a batch; 0 takes as many as the device's memory allows.
+            batch_size: Maximum batch size, as for `edits`.
             **settings: The other arguments of `edit`.
 
         Raises:
@@ -118,7 +120,7 @@ class Editor:
             raise SettingError(f"count = {count!r} isn't allowed; give a whole number from 1")
         _check_seed(seed + count - 1 if isinstance(seed, int) else seed)
         seeds = [seed + index for index in range(count)]
-        return list(self.edits(adapter, prompt, seeds, batch_size=batch_size or count, **settings))
+        return list(self.edits(adapter, prompt, seeds, batch_size=batch_size, **settings))
 
     def edits(
         self,
@@ -139,7 +141,9 @@ class Editor:
             seeds: Seeds of the noise, one for each edit.
             negative_prompt: As for `edit`.
             photo: As for `edit`.
-            batch_size: Number of samples in a batch; halved when memory runs out.
+            batch_size: Maximum batch size. Batches are faster than single samples, and may differ from them by
+                one level of 255 in a few values. Reduced when memory runs out, and on a CPU for larger images,
+                for which batching isn't faster.
             **settings: As for `edit`.
 
         Raises:
@@ -268,7 +272,7 @@ class Editor:
             check_fits(adapter, self.base)
             if not adapter.rare_tokens:
                 raise PromptError(
-                    "the adapter doesn't store rare tokens; open it with trigger, words that stand for its subject"
+                    "the adapter doesn't store rare tokens; open it with trigger='WORDS', which stand for its subject"
                 )
         settings = self._settings(adapter, photo is not None, chosen)
         for seed in seeds:
@@ -292,6 +296,8 @@ class Editor:
             **dataclasses.asdict(settings),
         }
         left = list(seeds)
+        if self.base.device.type == "cpu":
+            batch_size = max(1, min(batch_size, _CPU_BATCH_PIXELS // (size[0] * size[1])))
         while left:
             batch = left[:batch_size]
             texts = [text] * len(batch)
@@ -299,7 +305,7 @@ class Editor:
                 images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, size)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
-                    raise
+                    raise _out_of_memory(size) from None
                 batch_size = len(batch) // 2
                 continue
             seconds = (time.perf_counter() - started) / len(batch)
@@ -351,7 +357,7 @@ class Editor:
         if adapter is None or adapter.photo_latents is None:
             raise SettingError(
                 f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
-                "give the photo, or strength 1"
+                "pass photo=PATH, or strength=1"
             )
         return self._checked_latents(adapter), "adapter", size
 
@@ -377,6 +383,13 @@ class Editor:
 def _check_seed(seed: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
         raise SettingError(f"seed = {seed!r} isn't allowed; give a whole number from 0 to 2**63 - 1")
+
+
+def _out_of_memory(size: tuple[int, int]) -> DeviceError:
+    return DeviceError(
+        f"memory ran out for an edit of {size[0]} x {size[1]} pixels; close other programs, or edit with "
+        "device='cpu'"
+    )
 
 
 def _to_image(pixels: Tensor) -> Image.Image:

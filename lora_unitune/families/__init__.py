@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lora_unitune.errors import RecipeError
 from lora_unitune.families.names import SD_NAMES, SDXL_NAMES, LayerNames
@@ -82,7 +82,7 @@ class Family:
             )
         return dataclasses.replace(recipe, lora=lora)
 
-    def owns(self, shapes: Mapping[str, tuple[int, ...]], keys: Any = ()) -> bool:
+    def owns(self, shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str] = ()) -> bool:
         """Returns whether a file of another tool is certainly of this family.
 
         Args:

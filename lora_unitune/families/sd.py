@@ -113,8 +113,8 @@ class StableDiffusionBase:
         step = self.size_step
         if min(width, height) < step or width % step or height % step:
             raise RecipeError(
-                f"photo.size = {width}x{height} doesn't suit base '{self.name}'; give multiples of {step} "
-                f"pixels, or leave it empty for a total of {self.size[0]}x{self.size[1]} pixels"
+                f"photo.size = {width}x{height} doesn't suit base '{self.name}'; give multiples of {step}, "
+                f"such as {self.size[0]}x{self.size[1]}, or leave it empty"
             )
         return self._channels, height // self._factor, width // self._factor
 

@@ -77,7 +77,7 @@ def fit(
     loaded.sample_shape(size)
     framed = frame(read, size)
     for note in framed.notes if on_note is not None else ():
-        on_note(note)  # type: ignore[misc]
+        on_note(f"the photo: {note}")  # type: ignore[misc]
     if start is not None:
         check_fits(start, loaded)
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +90,7 @@ def fit(
             tensors = _full_tensors(loaded) if settings.fit.method == "full" else layers.collect(loaded)
     except torch.OutOfMemoryError as error:
         raise FitError(
-            "memory ran out before or after the training steps; close other programs, or fit on the CPU"
+            "memory ran out before the first step; close other programs, or pass device='cpu'"
         ) from error
     return Adapter(
         tensors={key: _as_saved(tensor) for key, tensor in tensors.items()},

@@ -68,7 +68,7 @@ def with_less_memory(settings: FitSettings, step: int) -> tuple[FitSettings, str
     if settings.batch_size == 1:
         raise FitError(
             f"{reason} with one noised copy at a time and activations recomputed; lower photo.size or the "
-            "ranks, close other programs, or fit on the CPU"
+            "ranks, close other programs, or pass device='cpu'"
         )
     size = next(n for n in range(settings.batch_size - 1, 0, -1) if settings.batch_size % n == 0)
     parts = settings.gradient_accumulation * settings.batch_size // size

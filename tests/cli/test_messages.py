@@ -79,10 +79,11 @@ def test_every_argument_with_its_value_is_an_option(command: str, option: click.
     [
         ("edit", "edit.strength = 0.01 leaves none of 9 steps; raise one",
          "--strength 0.01 leaves none of 9 steps; raise one"),
-        ("edit", "open it with trigger, words that stand for it", "open it with --trigger, words that stand for it"),
+        ("edit", "open it with trigger='WORDS', which stand for it", "open it with --trigger WORDS, which stand for it"),
+        ("edit", "pass photo=PATH, or strength=1", "pass --photo PATH, or --strength 1"),
         ("edit", "the seed of a photo, its base and steps", "the seed of a photo, its base and steps"),
         ("edit", "edit.residual = 'x' isn't allowed", "--residual isn't allowed"),
-        ("compress", "give one limit: keep or to_bytes", "give one limit: --keep or --to-bytes"),
+        ("compress", "give one limit, keep=SHARE or to_bytes=N", "give one limit, --keep SHARE or --to-bytes N"),
         ("fit", "fit.precision = 'fp16' needs a GPU; use fp32", "--set fit.precision=fp16 needs a GPU; use fp32"),
         ("fit", "lower lora.unet.learning_rate (0.1), or use fit.precision=fp32",
          "lower --set lora.unet.learning_rate (0.1), or use --set fit.precision=fp32"),

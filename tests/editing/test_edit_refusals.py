@@ -72,7 +72,7 @@ def test_the_steps_a_base_has_are_the_most_it_takes(tiny_sd15: Path, tmp_path: P
 
 def test_starting_from_a_photo_needs_one(editor: Editor, adapter: Adapter, tmp_path: Path) -> None:
     bare = replace(adapter, photo_latents=None)
-    with pytest.raises(SettingError, match="give the photo, or strength 1"):
+    with pytest.raises(SettingError, match="pass photo=PATH, or strength=1"):
         editor.edit(bare, "a fox")
     with pytest.raises(SettingError, match="starts from the photo"):
         editor.edit(None, "a fox", strength=0.5)
