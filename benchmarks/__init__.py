@@ -1,1 +1,1 @@
-"""Measurements that this project reports; each is made by a command and carries what made it."""
+"""Benchmarks that this project reports; each result is written by a command, with its provenance."""

@@ -1,9 +1,9 @@
-"""How small an adapter file may be before its edits suffer, and which layers matter for their bytes.
+"""Edit quality against the size of the adapter file, and the importance of each kind of layer.
 
     python -m benchmarks.compression --photos 8 -o benchmarks/results/compression.json
 
 Photos of the counterfactual benchmark's tuning list are fitted with the default recipe; each adapter is
-compressed to several sizes, and all make the same edits from the same noise.
+compressed to several sizes, and all sample the same edits from the same noise.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def worth_of_layers(layers: list[Layer]) -> dict[str, tuple[float, int]]:
-    """Share of the effect, and bytes in 16 bits, by the kind of layer."""
+def importance_by_kind(layers: list[Layer]) -> dict[str, tuple[float, int]]:
+    """Share of the total importance, and bytes in float16, by the kind of layer."""
     total = sum(float(layer.importance.sum()) for layer in layers)
-    found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    shares: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for layer in layers:
         kind = ".".join(name for name in layer.module.split(".")[-3:] if not name.isdigit())
         name = kind if layer.part == "unet" else layer.part
-        share, size = found[name]
-        worth = float(layer.importance.sum()) / total
-        found[name] = share + worth, size + 2 * layer.numbers * len(layer.values)
-    return found
+        share, size = shares[name]
+        importance = float(layer.importance.sum()) / total
+        shares[name] = share + importance, size + 2 * layer.numbers * len(layer.values)
+    return shares
 
 
 @click.command(help=__doc__)
@@ -63,7 +63,7 @@ def main(count: int, output: Path | None) -> None:
             editor.release()
             whole = fit(group[0].image, base=editor.base)
             apart = take_apart(whole, editor.base)
-            for kind, share in worth_of_layers(apart).items():
+            for kind, share in importance_by_kind(apart).items():
                 layers[kind].append(share)
             for name, limits in SETTINGS.items():
                 editor.release()
@@ -78,15 +78,15 @@ def main(count: int, output: Path | None) -> None:
         name: {key: round(float(np.nanmean([row[key] for row in of])), 4) for key in of[0]}
         for name, of in rows.items()
     }
-    worth = {
+    importance = {
         kind: {"share": round(float(np.mean([share for share, _ in of])), 4), "bytes": of[0][1]}
         for kind, of in sorted(layers.items(), key=lambda item: -np.mean([share for share, _ in item[1]]))
     }
-    made = {**origin(editor.base.device), "photos": count, "table": table, "layers": worth}
+    made = {**origin(editor.base.device), "photos": count, "table": table, "layers": importance}
     for name, row in table.items():
         click.echo(f"{name:<24}{row['bytes']:>9.0f} bytes  effect lost {100 * row['effect_lost']:5.1f} %  "
                    f"success {row['success']:.3f}  to the truth {row['psnr_truth']:.2f} dB")  # fmt: skip
-    for kind, of in worth.items():
+    for kind, of in importance.items():
         click.echo(f"{kind:<28}{100 * of['share']:5.1f} % of the effect, {of['bytes']} bytes")
     if output:
         output.write_text(json.dumps(made, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Time of a fit against the success of its edits, over ways to spend it.
+"""Duration of a fit against the success of its edits, for several settings of the fit.
 
     python -m benchmarks.frontier --photos 8 -o benchmarks/results/frontier.json
 
-Photos of the counterfactual benchmark's tuning list are fitted with the default recipe and changes of it;
-with each, the edits are made at several adapter scales, and its best one counts, so that a short fit isn't
-judged at a scale chosen for a long one. Writes a plot beside the JSON. Goes on where it stopped.
+Photos of the counterfactual benchmark's tuning list are fitted with the default recipe and changes of it; each
+is edited at several adapter scales, of which the best counts, so that a short fit isn't judged at a scale tuned
+for a long one. Writes a plot beside the JSON, and resumes interrupted runs.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ def run_photo(editor: Editor, number: int, group: list[Any], overrides: tuple[st
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over photos, at the scale with most successes (and then nearest to the truth)."""
+    """Means over photos, at the scale with the highest success (then PSNR to the truth)."""
     of_scale = {
         scale: {key: float(np.mean([row[str(scale)][key] for row in rows])) for key in rows[0][str(scale)]}
         for scale in SCALES
     }
     best = max(SCALES, key=lambda scale: (of_scale[scale]["success"], of_scale[scale]["psnr_truth"]))
-    found = {key: float(np.mean([row[key] for row in rows])) for key in ("fit_seconds", "reconstruction")}
-    return {key: round(value, 4) for key, value in {**found, "scale": best, **of_scale[best]}.items()}
+    means = {key: float(np.mean([row[key] for row in rows])) for key in ("fit_seconds", "reconstruction")}
+    return {key: round(value, 4) for key, value in {**means, "scale": best, **of_scale[best]}.items()}
 
 
-def plot(found: dict[str, Any], file: Path) -> None:
-    """Seconds of a fit against what its edits and its redrawn photo are worth."""
+def plot(summary: dict[str, Any], file: Path) -> None:
+    """Plots edit and reconstruction quality against the seconds of a fit."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,7 +87,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     }
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 5))
     for (key, title), axis in zip(titles.items(), axes, strict=True):
-        for name, row in found.items():
+        for name, row in summary.items():
             axis.plot(row["fit_seconds"], row[key], "s" if name == "default" else "o")
             axis.annotate(
                 name, (row["fit_seconds"], row[key]), fontsize=7, xytext=(4, 3), textcoords="offset points"
@@ -118,10 +118,10 @@ def main(count: int, only: str, output: Path) -> None:
             rows.append(run_photo(editor, number, group, SETTINGS[name]))
             output.write_text(json.dumps({**made, "rows": kept["rows"]}) + "\n")
             click.echo(f"photo {number}, {name}: {rows[-1]['fit_seconds']:.1f} s", err=True)
-    found = {name: summarise(rows) for name, rows in kept["rows"].items()}
-    output.write_text(json.dumps({**made, "table": found, "rows": kept["rows"]}) + "\n")
-    plot(found, output.with_suffix(".png"))
-    for name, row in found.items():
+    summary = {name: summarise(rows) for name, rows in kept["rows"].items()}
+    output.write_text(json.dumps({**made, "table": summary, "rows": kept["rows"]}) + "\n")
+    plot(summary, output.with_suffix(".png"))
+    for name, row in summary.items():
         click.echo(f"{name:<28}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
 
 

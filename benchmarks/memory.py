@@ -1,4 +1,4 @@
-"""What a fit costs in memory and bytes."""
+"""Memory and file size of a fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_unitune import Adapter
 
 
 class Peak:
-    """Peak memory in bytes since it was made: resident on the CPU (Linux), allocated on a GPU."""
+    """Peak memory in bytes since construction: resident on the CPU (Linux), allocated on a GPU."""
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
@@ -35,7 +35,7 @@ class Peak:
 def of_adapter(adapter: Adapter) -> dict[str, Any]:
     """Trained parameters, bytes of AdamW's state for them, bytes of the file, and seconds to load it.
 
-    The file is measured without the seconds that its fit took, whose digits would make its size vary.
+    The file is measured without the duration of its fit, whose number of digits would vary its size.
     """
     trained = sum(tensor.numel() for tensor in adapter.tensors.values())
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What made a result: commit, versions, device."""
+"""Provenance of a result: commit, versions, device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_unitune import __version__
 
 
 def origin(device: torch.device) -> dict[str, Any]:
-    """Commit, versions and device of a result, as JSON holds them."""
+    """Commit, versions and device of a result, as JSON-serializable values."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     versions = {"lora_unitune": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}

@@ -20,18 +20,18 @@ METHODS = {
     "flowedit": "FlowEdit",
     "ddim-inversion": "DDIM inversion",
     "sdedit": "SDEdit",
-    "truth-vae": "the true picture through the autoencoder",
+    "truth-vae": "ground truth through the autoencoder",
 }
 MEASURES = {
     "aligned %": ("aligned", 100),
     "preserved %": ("preserved", 100),
     "success %": ("success", 100),
-    "dB to the truth": ("psnr_truth", 1),
+    "PSNR to the truth, dB": ("psnr_truth", 1),
 }
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table in Markdown, of those methods that the results have."""
+    """The table in Markdown, of the methods that the results have."""
     rows = [["method", *MEASURES], ["---"] * (1 + len(MEASURES))]
     for name, title in METHODS.items():
         if name in results["methods"]:
@@ -46,7 +46,7 @@ def _cell(values: list[float], times: int) -> str:
 
 
 def with_table(readme: str, results: dict[str, Any]) -> str:
-    """README with the table between its two marks."""
+    """README with the table between its markers."""
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
     return pattern.sub(lambda _: f"{BEGIN}\n{table(results)}\n{END}", readme)
 

@@ -1,9 +1,9 @@
-"""How well a fit redraws its photo: scenes never trained on, from pure noise and the rare tokens alone.
+"""Reconstruction quality of a fit: held-out scenes, sampled from pure noise and the rare tokens alone.
 
     python -m benchmarks.reconstruction --scenes 20 -o benchmarks/results/reconstruction.json
 
-Each scene is fitted with its number as seed. PSNR is between the sample and the photo's VAE round trip, which
-is the best that the base can draw; "before" is the same sample without the adapter.
+Each scene is fitted with its number as seed. PSNR is between the sample and the photo's VAE reconstruction,
+an upper bound for the base; "before" is the same sample without the adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .origin import origin
 
 
 def measure(editor: Editor, number: int, overrides: tuple[str, ...], folder: Path) -> dict[str, float]:
-    """Fits one held-out scene and redraws it; the editor's base is left as it was."""
+    """Fits and reconstructs one held-out scene; the editor's base is restored."""
     photo = render(draw_scene(number, "held-out"))
     recipe = default_recipe(editor.base.name, editor.base.family).override(overrides)
     editor.release()
@@ -47,13 +47,13 @@ def measure(editor: Editor, number: int, overrides: tuple[str, ...], folder: Pat
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    found = {
+    summary = {
         "mean": np.mean(values),
         "deviation": np.std(values, ddof=1),
         "least": min(values),
         "most": max(values),
     }
-    return {name: round(float(value), 3) for name, value in found.items()}
+    return {name: round(float(value), 3) for name, value in summary.items()}
 
 
 @click.command(help=__doc__)

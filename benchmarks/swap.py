@@ -1,10 +1,10 @@
-"""How long it takes to put another photo's adapter on a base, here and in plain diffusers, in one run.
+"""Latency of hot-swapping an adapter, here and in plain diffusers, in one run.
 
     python -m benchmarks.swap --base pocket -o benchmarks/results/swap-pocket.json
     python -m benchmarks.swap --base sd15 --swaps 20 -o benchmarks/results/swap-sd15.json
 
-Adapters are drawn at random; both sides take them from files that are in the page cache. "here" copies an
-adapter in memory, "here_with_file" reads its file too, as `load_lora_weights` does.
+Adapters are random; both sides read them from files in the page cache. "here" swaps to an adapter in memory,
+"here_with_file" reads its file too, as `load_lora_weights` does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .origin import origin
 
 
 def random_adapters(base: Base, recipe: Recipe, count: int) -> list[Adapter]:
-    """Adapters of one layout with random tensors."""
+    """Adapters of equal shapes with random tensors."""
     layers.attach(base, recipe.lora)
     shapes = {key: tensor.shape for key, tensor in layers.collect(base).items()}
     layers.detach(base)
@@ -59,22 +59,26 @@ def random_adapters(base: Base, recipe: Recipe, count: int) -> list[Adapter]:
 
 
 def seconds_of(work: Callable[[int], object], count: int) -> dict[str, float]:
-    """Median and range of a swap's seconds; the first one, which prepares, is left out."""
-    found = []
+    """Median and range of a swap's seconds, without the first one, which includes the preparation."""
+    durations = []
     for number in range(count + 1):
         started = time.perf_counter()
         work(number)
-        found.append(time.perf_counter() - started)
-    return {"median": float(np.median(found[1:])), "least": min(found[1:]), "most": max(found[1:])}
+        durations.append(time.perf_counter() - started)
+    return {
+        "median": float(np.median(durations[1:])),
+        "least": min(durations[1:]),
+        "most": max(durations[1:]),
+    }
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def exact(base: Base, before: dict[str, torch.Tensor]) -> bool:
-    """Whether the base's weights are those of before, bit for bit."""
+    """Whether the base's weights are unchanged, bit for bit."""
     return all(
         torch.equal(before[f"{part}.{name}"], tensor)
         for part, module in base.parts.items()
@@ -85,7 +89,9 @@ def exact(base: Base, before: dict[str, torch.Tensor]) -> bool:
 @click.command(help=__doc__)
 @click.option("--base", "name", default="pocket", show_default=True, type=click.Choice(NAMES[:2]))
 @click.option("--swaps", default=200, show_default=True, type=click.IntRange(2))
-@click.option("--many", default=1000, show_default=True, help="Swaps over which memory is watched.")
+@click.option(
+    "--many", default=1000, show_default=True, help="Swaps over which the growth of memory is measured."
+)
 @click.option("-o", "--output", metavar="FILE", help="Write the result as JSON too.")
 def main(name: str, swaps: int, many: int, output: str | None) -> None:
     base = make_base(name, "cpu")

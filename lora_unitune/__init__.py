@@ -1,4 +1,4 @@
-"""LoRA-UniTune: fit a base model to one photo in seconds, then edit the photo with words.
+"""LoRA-UniTune: fit a base model to one photo in seconds, then edit the photo with prompts.
 
     from lora_unitune import Editor, fit
 
@@ -6,7 +6,7 @@
     adapter.save("photo.safetensors")
     Editor("pocket").edit(adapter, "a fox at night").save("out.png")
 
-Importing this package loads nothing heavy; each public name is loaded when it is first used.
+Importing this package imports no heavy library; each public name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ _MODULE_OF = {
     "load_base": "families",
     "read_settings": "editing.record",
 }
-"""Where each public name lives."""
+"""Module that defines each public name."""
 
 __all__ = [*_MODULE_OF, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from where it lives."""
+    """Imports a public name from the module that defines it."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'lora_unitune' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"lora_unitune.{_MODULE_OF[name]}"), name)

@@ -1,7 +1,7 @@
-"""The errors a user can meet.
+"""The exceptions of this package.
 
-Every message is one complete line: what was given, what is allowed, and what to do next. Each kind of error is
-a ValueError or an OSError too, so that programs which know neither can still tell them apart.
+Every message is one complete line: the wrong value, what is allowed, and what to do next. Each class is a
+ValueError or an OSError too, so that callers can catch these without importing this package.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class SettingError(UnituneError, ValueError):
 
 
 class FitError(UnituneError, ValueError):
-    """A fit can't go on: its loss is no longer finite, or memory doesn't suffice."""
+    """A fit can't continue: its loss is no longer finite, or there isn't enough memory."""
 
 
 class DeviceError(UnituneError, ValueError):
-    """The device isn't there, or can't do what was asked of it."""
+    """The device isn't available, or doesn't support what was requested."""
 
 
 class OutputError(UnituneError, OSError):
-    """The result can't be written where it was asked for."""
+    """The output can't be written to the requested path."""
 
 
 class HubError(UnituneError, OSError):
-    """The hub can't be reached, refuses, or hasn't what was asked for."""
+    """The hub can't be reached, refuses the request, or has no such repository or file."""
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Returns an error's message as one line of at most `limit` characters that are safe to print.
 
-    Libraries quote what they found in a file, control characters included.
+    Libraries quote the content of files in their messages, control characters included.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -13,14 +13,14 @@ from lora_unitune.errors import OutputError
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
-    """Checks, before long work begins, that its result can be written.
+    """Checks that a file can be written, to be called before a long computation.
 
     Args:
-        path: of the file.
-        overwrite: whether a file that is there may be replaced.
+        path: Path of the file.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
-        OutputError: it can't.
+        OutputError: The file can't be written.
     """
     path = Path(path)
     if "\0" in str(path):
@@ -31,9 +31,9 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} isn't a file; give the path of a file to write")
         if path.exists() and not overwrite:
-            raise OutputError(f"{path} is there already; choose another name or pass overwrite=True")
+            raise OutputError(f"{path} already exists; choose another name or pass overwrite=True")
         if not path.parent.is_dir():
-            raise OutputError(f"{path} can't be written: there is no folder {path.parent}; create it first")
+            raise OutputError(f"{path} can't be written: folder {path.parent} doesn't exist; create it first")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{path} can't be written: its folder is read-only; choose another folder")
     except OutputError:
@@ -43,15 +43,15 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
-    """Writes a file beside its destination and then moves it there, so that nobody ever sees half of it.
+    """Writes a temporary file next to the destination and renames it, so that no partial file is ever visible.
 
     Args:
-        path: of the file.
-        write: writes the content to the path it is given.
-        overwrite: whether a file that is there may be replaced.
+        path: Path of the file.
+        write: Function that writes the content to a path.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
-        OutputError: the file is there already, or can't be written.
+        OutputError: The file already exists, or can't be written.
     """
     path = Path(path)
     check_output(path, overwrite)
@@ -74,4 +74,4 @@ def write_atomically(path: str | Path, write: Callable[[Path], None], overwrite:
 
 def _unwritable(path: Path, error: Exception) -> OutputError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-    return OutputError(f"{path} can't be written ({reason}); choose another place or make room")
+    return OutputError(f"{path} can't be written ({reason}); choose another path or free disk space")

@@ -41,11 +41,11 @@ class Recipe:
     """Every setting of a fit and the defaults of its edits.
 
     Attributes:
-        photo: At which size the base works on the photo.
-        lora: By part of the base. A part that isn't in it is as the base's family has it.
+        photo: Size at which the base processes the photo.
+        lora: Adapter settings by part of the base; a missing part has the defaults of the base's family.
         fit: The training.
         prompt: The rare tokens.
-        edit: Defaults of the edits.
+        edit: Default settings of the edits.
     """
 
     photo: PhotoSettings = field(default_factory=PhotoSettings)
@@ -61,7 +61,7 @@ class Recipe:
                     f"recipe section {name} has to be a {kind.__name__}, not {getattr(self, name)!r}"
                 )
         if not isinstance(self.lora, Mapping):
-            raise RecipeError(f"recipe section lora has to be sections by part, not {self.lora!r}")
+            raise RecipeError(f"recipe section lora has to map parts to settings, not {self.lora!r}")
         for part, section in self.lora.items():
             if not isinstance(part, str) or not part.isidentifier():
                 raise RecipeError(f"lora.{part} isn't a part's name; it takes letters, digits and _")
@@ -73,13 +73,13 @@ class Recipe:
         """Reads a shipped recipe by its name ("pocket/default") or any TOML file by its path.
 
         Args:
-            name_or_path: A name out of `available_recipes()`, or a path ending in .toml.
+            name_or_path: A name from `available_recipes()`, or a path ending in .toml.
 
         Returns:
-            The recipe, with defaults where the file says nothing.
+            The recipe, with defaults for settings that the file doesn't set.
 
         Raises:
-            RecipeError: No such recipe, or its content isn't a valid one.
+            RecipeError: The recipe doesn't exist, or its content isn't valid.
         """
         name = str(name_or_path)
         path = Path(name) if name.endswith(".toml") else _recipe_folder() / f"{name}.toml"
@@ -141,7 +141,7 @@ class Recipe:
         """Returns a copy with some settings replaced.
 
         Args:
-            assignments: Texts like "fit.steps=50", "lora.PART.targets=a,b" or "fit.precision=bf16".
+            assignments: Strings like "fit.steps=50", "lora.PART.targets=a,b" or "fit.precision=bf16".
 
         Raises:
             RecipeError: An assignment isn't of that form, or its key, type or value isn't allowed.
@@ -161,7 +161,7 @@ class Recipe:
         return self._with(changes)
 
     def _with(self, changes: Mapping[str, Any]) -> Recipe:
-        """Returns a copy with the settings in nested dictionaries; wrong ones are a RecipeError."""
+        """Returns a copy with the settings in nested dictionaries; invalid ones raise a RecipeError."""
         sections: dict[str, Any] = {}
         for name, values in changes.items():
             if not isinstance(values, Mapping) and (name in SECTIONS or name == "lora"):
@@ -182,7 +182,7 @@ class Recipe:
             name = f"lora.{part}"
             if not isinstance(values, Mapping):
                 raise RecipeError(
-                    f"{name} = {values!r} isn't allowed; each part of the base has a section of its own: write "
+                    f"{name} = {values!r} isn't allowed; each part of the base has its own section: write "
                     "[lora.PART] above its rank, alpha and targets"
                 )
             changed[part] = make_section(LoraSettings, name, values, self.lora.get(part))
@@ -195,7 +195,7 @@ SECTIONS: dict[str, type[Section]] = {
     "prompt": PromptSettings,
     "edit": EditSettings,
 }
-"""The sections of a recipe besides those of `lora`."""
+"""Sections of a recipe except those of `lora`."""
 
 
 def available_recipes() -> list[str]:
@@ -205,7 +205,7 @@ def available_recipes() -> list[str]:
 
 
 def _recipe_folder() -> Path:
-    """Returns the recipes in an installed package, or the top-level ones of a source checkout."""
+    """Returns the folder of the recipes: inside an installed package, or at the top of a source checkout."""
     installed = _PACKAGE_FOLDER / "recipes"
     return installed if installed.is_dir() else _PACKAGE_FOLDER.parent / "recipes"
 
@@ -234,7 +234,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parse_value(text: str, kind: Any) -> Any:
-    """Reads an override's text in the setting's own type; what can't be read goes on to the check as text."""
+    """Parses an override in the setting's type; text that can't be parsed is returned for the check to refuse."""
     if get_origin(kind) is tuple:
         return [part.strip().strip("\"'") for part in text.strip("[]").split(",") if part.strip()]
     if kind is bool:
@@ -248,7 +248,7 @@ def _parse_value(text: str, kind: Any) -> Any:
 
 
 def _toml_value(value: Any) -> str:
-    """Writes a value as TOML; texts are printable, so JSON's escapes are TOML's."""
+    """Returns a value as TOML; strings are printable, so JSON's escapes are valid TOML."""
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)

@@ -25,13 +25,13 @@ def _number(default: float, low: float, high: float, help: str, *, above: bool =
 
 
 def _value(default: Any, help: str, **metadata: Any) -> Any:
-    """A text, a choice, a list of names, or true and false."""
+    """A string, a choice, a list of names, or a boolean."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a recipe. Its fields are checked when it is made: wrong values are a RecipeError."""
+    """A section of a recipe. Its fields are checked on construction: invalid values raise a RecipeError."""
 
     section: ClassVar[str] = ""
 
@@ -43,14 +43,14 @@ class Section:
 
 @dataclass(frozen=True)
 class PhotoSettings(Section):
-    """At which size the base works on the photo."""
+    """Size at which the base processes the photo."""
 
     section: ClassVar[str] = "photo"
 
     size: str = _value(
         "",
-        "Size at which the base works on the photo: WIDTHxHEIGHT, or a number of pixels in all; empty takes the "
-        "base's own number of pixels, in the photo's own shape.",
+        "Size at which the base processes the photo: WIDTHxHEIGHT, or a total number of pixels; empty takes the "
+        "base's own number of pixels, at the photo's aspect ratio.",
         pattern=_SIZE,
         allowed="WIDTHxHEIGHT such as 768x512, or a number of pixels such as 393216",
     )
@@ -63,25 +63,25 @@ class PhotoSettings(Section):
 
     @property
     def pixels(self) -> int:
-        """The number of pixels in all, 0 for the base's own."""
+        """The total number of pixels, 0 for the base's own."""
         match = _SIZE.fullmatch(self.size)
         return int(match[3]) if match and match[3] else 0
 
 
 @dataclass(frozen=True)
 class LoraSettings(Section):
-    """How one part of the base learns: its low-rank adapters (arXiv 2106.09685) and its learning rate."""
+    """Training of one part of the base: its low-rank adapters (arXiv 2106.09685) and its learning rate."""
 
     section: ClassVar[str] = "lora.PART"
 
     rank: int = field(
-        metadata={"low": 0, "high": 1024, "above": False, "help": "Rank; 0 leaves the part as it is."}
+        metadata={"low": 0, "high": 1024, "above": False, "help": "Rank; 0 leaves the part unchanged."}
     )
     alpha: float = _number(
         0.0, 0, 4096, "The adapter's output is multiplied by alpha / rank; 0 takes the rank, a factor of 1."
     )
     targets: tuple[str, ...] = _value(
-        (), "Ends of the names of the modules that get an adapter; none takes the family's.", empty=True
+        (), "Suffixes of the names of the modules that get an adapter; none takes the family's.", empty=True
     )
     learning_rate: float = _number(0.0, 0, 1, "Learning rate of the part; 0 takes the family's.")
 
@@ -108,14 +108,14 @@ class FitSettings(Section):
     )
     weight_decay: float = _number(0.0, 0, 1, "Decoupled weight decay.")
     max_gradient_norm: float = _number(
-        1.0, 0, 1e6, "Gradients are clipped to this norm; 0 leaves them as they are."
+        1.0, 0, 1e6, "Gradients are clipped to this norm; 0 switches clipping off."
     )
     warmup_steps: int = _number(0, 0, 100_000, "Steps over which the learning rate rises linearly from 0.")
     decay_share: float = _number(
         0.0, 0, 1, "Share of the steps, the last ones, over which the learning rate falls linearly to 0."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _value(
-        "auto", "Number format of the forward pass; auto chooses one for the device."
+        "auto", "Precision of the forward pass; auto chooses one for the device."
     )
     gradient_checkpointing: bool = _value(
         False, "Recompute activations in the backward pass: less memory, more time."
@@ -132,9 +132,9 @@ class PromptSettings(Section):
     section: ClassVar[str] = "prompt"
 
     rare_tokens: str = _value(
-        "", "The tokens, separated by spaces; empty finds some in the base's tokenizer."
+        "", "The tokens, separated by spaces; empty chooses some from the base's tokenizer."
     )
-    rare_token_count: int = _number(2, 1, 8, "How many are looked for.")
+    rare_token_count: int = _number(2, 1, 8, "Number of rare tokens to choose.")
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,21 @@ class EditSettings(Section):
     )
     guidance_stop: float = _number(1.0, 0, 1, "Share of the denoising after which guidance ends.")
     guidance_rescale: float = _number(
-        0.7, 0, 1, "Against the harsh colours of high guidance (phi of arXiv 2305.08891, section 3.4)."
+        0.7,
+        0,
+        1,
+        "Rescaling against oversaturated colors at high guidance (phi of arXiv 2305.08891, section 3.4).",
     )
     strength: float = _number(
-        0.95, 0, 1, "Noise put on the photo before sampling (t0 of SDEdit, arXiv 2108.01073); 1 is pure noise.",
+        0.95, 0, 1, "Noise added to the photo before sampling (t0 of SDEdit, arXiv 2108.01073); 1 is pure noise.",
         above=True,
     )  # fmt: skip
-    adapter_scale: float = _number(1.0, 0, 4, "How much of the adapter is used; 1 is all of it, 0 the base.")
+    adapter_scale: float = _number(
+        1.0, 0, 4, "Scale of the adapter; 1 is the fitted strength, 0 the base alone."
+    )
     unconditional: Literal["adapter", "base"] = _value(
-        "adapter", "Which weights predict the empty prompt that guidance moves away from."
+        "adapter",
+        "Weights for the unconditional prediction of guidance: with the adapter, or the base alone.",
     )
     residual: bool = _value(
         False, "Add to the photo only what the prompt changes (FlowEdit, arXiv 2412.08629); below strength 1."
@@ -170,20 +176,20 @@ class EditSettings(Section):
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns a suggestion, " (did you mean 'steps'?)", or "" when no name is near."""
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def kind_of(section: type[Section], name: str, key: str) -> Any:
     """Returns the type of a setting.
 
     Args:
-        section: its section's class.
-        name: what the section is called in messages, such as "fit" or "lora.unet".
-        key: of the setting.
+        section: Class of the section.
+        name: Name of the section in messages, such as "fit" or "lora.unet".
+        key: Name of the setting.
 
     Raises:
-        RecipeError: the section has no such setting.
+        RecipeError: The section has no such setting.
     """
     kinds = _kinds(section)
     if key not in kinds:
@@ -197,7 +203,7 @@ _KINDS: dict[type[Section], dict[str, Any]] = {}
 
 
 def _kinds(section: type[Section]) -> dict[str, Any]:
-    """Returns the types of a section's settings, which take long to find out and are kept."""
+    """Returns the types of a section's settings, cached because resolving type hints is slow."""
     if section not in _KINDS:
         hints = get_type_hints(section)
         _KINDS[section] = {setting.name: hints[setting.name] for setting in dataclasses.fields(section)}
@@ -205,16 +211,16 @@ def _kinds(section: type[Section]) -> dict[str, Any]:
 
 
 def make_section(kind: type[S], name: str, values: Mapping[str, Any], before: S | None = None) -> S:
-    """Makes a section, or changes one.
+    """Makes a section, or a changed copy of one.
 
     Args:
-        kind: the section's class.
-        name: what it is called in messages.
-        values: of some settings.
-        before: the section to change; None starts from the defaults.
+        kind: Class of the section.
+        name: Name of the section in messages.
+        values: Values of some settings, by name.
+        before: The section to change; None starts from the defaults.
 
     Raises:
-        RecipeError: a name, type or value isn't allowed, or a setting without a default is missing.
+        RecipeError: A name, type or value isn't allowed, or a setting without a default is missing.
     """
     checked = checked_values(kind, name, values)
     if before is not None:
@@ -226,10 +232,10 @@ def make_section(kind: type[S], name: str, values: Mapping[str, Any], before: S 
 
 
 def checked_values(kind: type[Section], name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings in their own types.
+    """Returns settings converted to their types.
 
     Raises:
-        RecipeError: a name, type or value isn't allowed; the message says what is.
+        RecipeError: A name, type or value isn't allowed; the message says what is.
     """
     fields = {setting.name: setting for setting in dataclasses.fields(kind)}
     return {
@@ -239,7 +245,7 @@ def checked_values(kind: type[Section], name: str, values: Mapping[str, Any]) ->
 
 
 def _checked(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """Returns a setting's value in its own type, or raises a RecipeError that says what is allowed."""
+    """Returns a setting's value converted to its type, or raises a RecipeError that says what is allowed."""
     origin = get_origin(kind)
     if origin is Literal:
         if value not in get_args(kind) or not isinstance(value, str):

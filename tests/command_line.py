@@ -1,4 +1,4 @@
-"""Runs commands in this process, as a person would type them."""
+"""Runs commands of the command line in this process."""
 
 from __future__ import annotations
 

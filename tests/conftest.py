@@ -45,7 +45,7 @@ RARE_WORDS = "beikk zqrt vkpic sksq ohwx plfz jmnq wxyv qorb tzlk".split()
 
 
 def byte_alphabet() -> list[str]:
-    """Returns the 256 characters that byte-level BPE writes bytes as (GPT-2's table)."""
+    """Returns the 256 characters that represent bytes in byte-level BPE (GPT-2's table)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     shifted = [chr(256 + index) for index in range(256 - len(plain))]
     return [chr(code) for code in plain] + shifted
@@ -72,7 +72,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer(max_length: int = 16, **special: str) -> CLIPTokenizer:
-    """Builds a small CLIP tokenizer that knows `COMMON_WORDS` and, later in its vocabulary, `RARE_WORDS`."""
+    """Builds a small CLIP tokenizer with `COMMON_WORDS` and, later in its vocabulary, `RARE_WORDS`."""
     merges = learn_merges(COMMON_WORDS * 2 + RARE_WORDS)
     alphabet = byte_alphabet()
     names = [*alphabet, *(character + "</w>" for character in alphabet)]
@@ -211,13 +211,13 @@ def save_sdxl(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the layout of Stable Diffusion XL: two text encoders, and sizes as a condition."""
+    """A folder with the layout of Stable Diffusion XL: two text encoders, and size conditioning."""
     return save_sdxl(tmp_path_factory.mktemp("bases") / "tiny-sdxl")
 
 
 @pytest.fixture(scope="session")
 def tiny_flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base of another kind: a flow-matching transformer on pixels."""
+    """A folder with a base of another family: a flow-matching transformer on pixels."""
     return save_flow(tmp_path_factory.mktemp("bases") / "tiny-flow")
 
 
@@ -267,12 +267,12 @@ def weights_of(base: Base) -> dict[str, torch.Tensor]:
 
 
 def has_adapters(base: Base) -> bool:
-    """Says whether any part of the base carries an adapter."""
+    """Returns whether any part of the base carries an adapter."""
     return any("lora_A" in name for module in base.parts.values() for name, _ in module.named_modules())
 
 
 def unchanged(base: Base, before: dict[str, torch.Tensor]) -> bool:
-    """Says whether the base's tensors are those of `weights_of` before, bit for bit."""
+    """Returns whether the base's tensors are those of `weights_of` before, bit for bit."""
     after = weights_of(base)
     return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -301,19 +301,19 @@ def base21(shared_base21: Base) -> Iterator[Base]:
 
 @pytest.fixture(scope="session")
 def shared_basepocket() -> Base:
-    """The base that ships, loaded once; use `basepocket`, which checks that a test leaves it unchanged."""
+    """Pocket, loaded once; use `basepocket`, which checks that a test leaves it unchanged."""
     return load_base("pocket", device="cpu")
 
 
 @pytest.fixture
 def basepocket(shared_basepocket: Base) -> Iterator[Base]:
-    """The base that ships, on the CPU; the test fails when it changes the base's weights."""
+    """Pocket on the CPU; the test fails when it changes the base's weights."""
     yield from _lend(shared_basepocket)
 
 
 @pytest.fixture(scope="session")
 def photo_image() -> Image.Image:
-    """A 48 x 40 RGB picture with structure: two gradients and a bright square."""
+    """A 48 x 40 RGB image with structure: two gradients and a bright square."""
     image = Image.new("RGB", (48, 40))
     image.putdata([(5 * x % 256, 6 * y % 256, 90) for y in range(40) for x in range(48)])
     image.paste((250, 220, 40), (14, 10, 28, 24))
@@ -333,7 +333,7 @@ def adapter(base15: Base) -> Adapter:
 
 @pytest.fixture
 def editor(base15: Base) -> Iterator[Editor]:
-    """An editor on the SD 1.5 layout, which gives its base back."""
+    """An editor on the SD 1.5 layout, which restores its base."""
     editor = Editor(base15)
     yield editor
     editor.release()
@@ -341,7 +341,7 @@ def editor(base15: Base) -> Iterator[Editor]:
 
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> tuple[Path, Result]:
-    """An adapter file fitted by the command line, beside its photo, and what the command printed."""
+    """An adapter file fitted by the command line, next to its photo, and the command's output."""
     folder = tmp_path_factory.mktemp("fitted")
     Image.radial_gradient("L").convert("RGB").save(folder / "photo.png")
     file = folder / "photo.safetensors"
@@ -370,7 +370,7 @@ def photo(fitted: tuple[Path, Result], tmp_path: Path) -> Path:
 
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond `size` bytes, as on a full disk."""
+    """Limits files of this process to `size` bytes, to simulate a full disk."""
     resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

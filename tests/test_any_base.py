@@ -1,4 +1,4 @@
-"""One walk for bases of every kind: fit, save, load, edit, hot-swap, and the base as it was, bit for bit."""
+"""One end-to-end test for bases of every family: fit, save, load, edit, hot-swap, and a base restored bit for bit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ EDIT = ("edit.steps=4", "edit.guidance=3", "edit.strength=0.8")
 
 @pytest.fixture(params=KINDS)
 def base(request: pytest.FixtureRequest) -> Base:
-    found: Base = request.getfixturevalue(f"base{request.param}")
-    assert found.schedule().prediction == KINDS[request.param]
-    return found
+    base: Base = request.getfixturevalue(f"base{request.param}")
+    assert base.schedule().prediction == KINDS[request.param]
+    return base
 
 
 @pytest.fixture(scope="module")
 def wide_photo() -> Image.Image:
-    """A photo of 3 : 2 with structure."""
+    """A photo of aspect ratio 3 : 2 with structure."""
     x, y = np.meshgrid(np.linspace(0, 1, 96), np.linspace(0, 1, 64))
     pixels = np.stack([x, (np.sin(9 * x + 5 * y) + 1) / 2, y], -1)
     return Image.fromarray((255 * pixels).round().astype(np.uint8))
@@ -42,7 +42,7 @@ def wide_photo() -> Image.Image:
 
 @torch.no_grad()
 def error_on(photo: Image.Image, base: Base, adapter: Adapter) -> float:
-    """The base's loss on the photo with its rare tokens, on noise that is always the same."""
+    """The base's loss on the photo with its rare tokens, with fixed noise."""
     prepared = prepare(at(photo, *adapter.size), Recipe().override(["prompt.rare_tokens="]), base)
     generator, schedule = torch.Generator().manual_seed(8), base.schedule(adapter.size)
     clean = prepared.mean.expand(32, -1, -1, -1)
@@ -51,7 +51,7 @@ def error_on(photo: Image.Image, base: Base, adapter: Adapter) -> float:
     return denoising_error(base, schedule, clean, noise, torch.arange(32) * 31 + 15, condition).item()
 
 
-def test_every_kind_of_base_walks_the_whole_way(base: Base, wide_photo: Image.Image, tmp_path: Path) -> None:
+def test_every_family_works_end_to_end(base: Base, wide_photo: Image.Image, tmp_path: Path) -> None:
     before, parts = weights_of(base), list(base.family.parts)
     rate = f"lora.{base.family.denoiser}.learning_rate=1e-2"
     overrides = ["fit.steps=30", rate, *EDIT]
@@ -94,7 +94,7 @@ def test_every_kind_of_base_walks_the_whole_way(base: Base, wide_photo: Image.Im
 
 
 def load_again(base: Base) -> Base:
-    """Returns another base of the same weights: while an Editor has a base, a fit needs its own."""
+    """Returns a second base with the same weights: while an Editor uses one, a fit needs another."""
     return load_base(FOLDERS[base.name], device="cpu")
 
 

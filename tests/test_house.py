@@ -1,4 +1,4 @@
-"""The house rules a machine can check: imports go one way, nothing heavy loads early, files stay short."""
+"""Rules of the code base: one-way imports, no early imports of heavy libraries, short files."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def imported_modules(module: str, is_package: bool, source: str) -> set[str]:
     """Returns what a file imports of the package, anywhere in it, by dotted names from the package down.
 
     Args:
-        module: the file's own name.
-        is_package: whether the file is an `__init__.py`.
-        source: its text.
+        module: Dotted name of the file.
+        is_package: Whether the file is an `__init__.py`.
+        source: Text of the file.
     """
     found: set[str] = set()
     here = ["lora_unitune", *module.split("."), *(["__init__"] if is_package else [])]
@@ -104,7 +104,7 @@ def imports_by_folder() -> dict[str, set[str]]:
     return graph
 
 
-def test_every_folder_has_its_place() -> None:
+def test_every_folder_has_a_position_in_the_order() -> None:
     assert set(imports_by_folder()) <= {folder for group in FOLDERS for folder in group}
 
 
@@ -140,7 +140,7 @@ def test_the_order_sees_every_kind_of_import(
     assert upward_imports(module, is_package, source) == broken
 
 
-def test_folders_import_each_other_in_no_circle() -> None:
+def test_folders_have_no_circular_imports() -> None:
     graph = imports_by_folder()
     while graph:
         free = {folder for folder, imported in graph.items() if not imported & graph.keys()}
@@ -181,7 +181,7 @@ def test_files_are_short_and_check_users_with_errors(path: Path) -> None:
 
 
 def docstring_lines(source: str) -> set[int]:
-    """Returns the first lines of all texts that stand alone as a statement: docstrings, also of constants."""
+    """Returns the first lines of all docstrings, including those of constants."""
     return {
         node.value.lineno
         for node in ast.walk(ast.parse(source))
@@ -192,9 +192,9 @@ def docstring_lines(source: str) -> set[int]:
 
 
 def family_words(source: str) -> list[str]:
-    """Returns the names and strings of a file's code that hold a family's word, each after its line.
+    """Returns the names and strings of a file's code that refer to one family, each after its line.
 
-    Comments and docstrings may speak of a family, so they don't count.
+    Comments and docstrings may mention a family.
     """
     documented = docstring_lines(source)
     kinds = {token.NAME, token.STRING, getattr(token, "FSTRING_MIDDLE", token.STRING)}
@@ -226,7 +226,7 @@ def family_words(source: str) -> list[str]:
         ("total_to_keep, elevae = 'a sd card', 1", []),
     ],
 )
-def test_family_words_are_seen_in_code_alone(source: str, found: list[str]) -> None:
+def test_family_words_are_detected_in_code_only(source: str, found: list[str]) -> None:
     assert family_words(source) == found
 
 

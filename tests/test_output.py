@@ -1,4 +1,4 @@
-"""Writing: all of a file or nothing, and one line when it can't be done."""
+"""Writing: atomic, with one line of error if it fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_new_file_has_its_content_and_usual_permissions(tmp_path: Path) -> Non
 def test_an_existing_file_is_replaced_only_when_allowed(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
     path.write_text("old")
-    with pytest.raises(OutputError, match="is there already; .*overwrite=True"):
+    with pytest.raises(OutputError, match="already exists; .*overwrite=True"):
         write_atomically(path, write_text)
     assert path.read_text() == "old"
     write_atomically(path, write_text, overwrite=True)
@@ -62,7 +62,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 def test_impossible_places_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     places = {
-        tmp_path / "missing" / "result": "no folder",
+        tmp_path / "missing" / "result": "folder .* doesn.t exist",
         tmp_path / "file" / "result": "can't be written",
         tmp_path: "isn't a file",
         Path("/dev/null"): "isn't a file",
@@ -82,5 +82,5 @@ def test_checking_first_says_the_same_and_writes_nothing(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == []
     (tmp_path / "result").touch()
     check_output(tmp_path / "result", overwrite=True)
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         check_output(tmp_path / "result")

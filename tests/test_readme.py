@@ -1,4 +1,4 @@
-"""README's commands and programs: each is accepted, and those that need nothing but pocket run."""
+"""README's commands and programs: all are valid, and those that need only pocket run."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
             return name, inner.params
 
 
-def runs_here(name: str, given: dict[str, Any]) -> bool:
-    """Says whether a command needs nothing but pocket and files that README's own commands made."""
-    elsewhere = given.get("base") not in (None, "pocket") or any(
-        isinstance(value, str) and "://" in value for value in given.values()
+def runs_here(name: str, parameters: dict[str, Any]) -> bool:
+    """Returns whether a command needs nothing but pocket and files that README's commands wrote."""
+    elsewhere = parameters.get("base") not in (None, "pocket") or any(
+        isinstance(value, str) and "://" in value for value in parameters.values()
     )
     return name in MAIN and not elsewhere
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with the photo and the recipe that README speaks of."""
+    """A folder to work in, with the photo and the recipe that README uses."""
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").resize((80, 64)).save("photo.jpg")
     shutil.copy(ROOT / "recipes" / "pocket" / "default.toml", "mine.toml")
@@ -90,12 +90,12 @@ def test_a_wrong_command_is_not(wrong: str) -> None:
 def test_the_main_commands_run_in_order(folder: Path) -> None:
     ran = set()
     for words in COMMANDS:
-        name, given = parsed(words)
-        if runs_here(name, given):
+        name, parameters = parsed(words)
+        if runs_here(name, parameters):
             quick = {"fit": QUICK, "edit": ["--steps", "2"]}.get(name, [])
-            if given.get("method") == "full":  # for comparison: what comes after it means adapters
+            if parameters.get("method") == "full":  # for comparison: what comes after it means adapters
                 quick = [*quick, "-o", "full.safetensors"]
-            overwrite = ["--overwrite"] if "overwrite" in given else []
+            overwrite = ["--overwrite"] if "overwrite" in parameters else []
             result = run(*words, *quick, *overwrite)
             assert result.exit_code == 0, f"{' '.join(words)}: {result.output}"
             ran.add(name)

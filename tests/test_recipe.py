@@ -37,7 +37,7 @@ def test_missing_keys_keep_their_defaults() -> None:
     assert Recipe.from_toml("[fit]\nsteps = 3").fit == FitSettings(steps=3)
 
 
-def test_whole_numbers_do_for_fractions_but_not_the_other_way() -> None:
+def test_integers_are_accepted_as_floats_but_not_the_reverse() -> None:
     assert isinstance(LoraSettings(2, alpha=4).alpha, float)
     with pytest.raises(RecipeError, match="a whole number"):
         FitSettings(steps=2.0)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A base of another kind: a tiny flow-matching transformer that works on pixels, of a few lines of torch.
+"""A base of another family: a tiny flow-matching transformer that works on pixels, of a few lines of torch.
 
 It has no autoencoder, no diffusers model and no CLIP: bytes for tokens, one layer of attention over patches.
 """
@@ -65,8 +65,8 @@ class Transformer(nn.Module):
         cut = nn.functional.unfold(noisy, PATCH, stride=PATCH).transpose(1, 2)
         rows = torch.cat([self.patches(cut), letters], dim=1) + self.time(times[:, None, None])
         seen = torch.cat([mask.new_ones(mask.shape[0], cut.shape[1]), mask], dim=1)[:, None]
-        asked, known, told = self.query(rows), self.key(rows), self.value(rows)
-        rows = rows + nn.functional.scaled_dot_product_attention(asked, known, told, attn_mask=seen > 0)
+        query, key, value = self.query(rows), self.key(rows), self.value(rows)
+        rows = rows + nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen > 0)
         rows = rows + self.down(nn.functional.gelu(self.up(rows)))
         made = self.out(rows[:, : cut.shape[1]]).transpose(1, 2)
         return nn.functional.fold(made, (height, width), PATCH, stride=PATCH)
@@ -85,7 +85,7 @@ class Reader(nn.Module):
 
 
 class Letters:
-    """A vocabulary of made-up words, each of one token: the bytes have none of their own."""
+    """A vocabulary of made-up single-token words, since bytes have none."""
 
     prompt_length = LENGTH
 
@@ -107,7 +107,7 @@ class Letters:
 
 
 class TinyFlowBase:
-    """See `families.Base` for what each member means; x0 are the pixels in [-1, 1]."""
+    """See `families.Base` for each member; x0 are the pixels in [-1, 1]."""
 
     family = FLOW
     dtype = torch.float32

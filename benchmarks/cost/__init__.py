@@ -1,1 +1,1 @@
-"""What fits and edits cost: seconds, memory, bytes, and how near they come to what the device can do."""
+"""Cost of fits and edits: seconds, memory, bytes, and utilization of the device."""

@@ -1,4 +1,4 @@
-"""What a fit and an edit cost on one machine, in one run.
+"""Cost of a fit and an edit on one machine, in one run.
 
     python -m benchmarks.cost steps --base pocket -o benchmarks/results/cost-pocket.json
     python -m benchmarks.cost steps --base sd15 --size 256x256 --steps 3 --batch 1
@@ -6,9 +6,9 @@
     python -m benchmarks.cost first-picture
     python -m benchmarks.cost growth
 
-`steps` compares this project's LoRA, full fine-tuning, and the loops that diffusers' DreamBooth examples
-describe. `reach` gives the rival the steps it needs for the same reconstruction. `first-picture` splits the
-time from a process's start to its first edit. `growth` is over size, batch, rank and candidates.
+`steps` compares this project's LoRA, full fine-tuning, and the training loops of diffusers' DreamBooth examples
+("rival"). `reach` trains the rival until it has the same reconstruction. `first-picture` splits the time from
+the start of a process to its first edit. `growth` varies size, batch, rank and number of samples.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> None:
     pass
 
 
-def _tell(device: str, output: Path | None, **found: Any) -> None:
-    text = json.dumps({**origin(resolve_device(device)), **found}, indent=1)
+def _report(device: str, output: Path | None, **results: Any) -> None:
+    text = json.dumps({**origin(resolve_device(device)), **results}, indent=1)
     click.echo(text)
     if output:
         output.write_text(text + "\n")
@@ -46,11 +46,13 @@ def _tell(device: str, output: Path | None, **found: Any) -> None:
 @main.command("steps")
 @click.option("--base", default="pocket", show_default=True, type=click.Choice(NAMES))
 @click.option("--methods", default=",".join(METHODS), show_default=True, metavar="NAME,NAME")
-@click.option("--size", default="", metavar="WIDTHxHEIGHT", help="Of the photo; the base's own if not given.")
+@click.option(
+    "--size", default="", metavar="WIDTHxHEIGHT", help="Size of the photo; the base's own by default."
+)
 @click.option("--steps", default=10, show_default=True, type=click.IntRange(2))
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--only", type=click.Choice(METHODS), help="Only this method, once, in this process.")
+@click.option("--only", type=click.Choice(METHODS), help="Run only this method, once, in this process.")
 @_device
 @_output
 def steps_command(
@@ -64,24 +66,24 @@ def steps_command(
     device: str,
     output: Path | None,
 ) -> None:
-    """Steps of LoRA, full fine-tuning and the rival, in turns, each in a process of its own."""
+    """Steps of LoRA, full fine-tuning and the rival, alternating, each in its own process."""
     if only:
         click.echo(json.dumps(measure(base, only, size, steps, batch, device)))
         return
     settings = {"base": base, "size": size, "steps": steps, "batch": batch}
     arguments = [f"--{name}={value}" for name, value in {**settings, "device": device}.items()]
     names = [name for name in methods.split(",") if name in METHODS]
-    _tell(device, output, **settings, rounds=rounds, costs=compare(arguments, names, rounds))
+    _report(device, output, **settings, rounds=rounds, costs=compare(arguments, names, rounds))
 
 
 @main.command("reach")
 @click.option("--scenes", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--most", default=960, show_default=True, help="Steps after which the rival gives up.")
+@click.option("--most", default=960, show_default=True, help="Maximum steps of the rival.")
 @_device
 @_output
 def reach_command(scenes: int, most: int, device: str, output: Path | None) -> None:
     """Time to the same reconstruction of held-out scenes, against the rival."""
-    _tell(device, output, most=most, scenes=[reach(number, most, device) for number in range(scenes)])
+    _report(device, output, most=most, scenes=[reach(number, most, device) for number in range(scenes)])
 
 
 @main.command("commands")
@@ -90,8 +92,8 @@ def reach_command(scenes: int, most: int, device: str, output: Path | None) -> N
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Of the fit.")
 @_output
 def commands_command(other: Path, rounds: int, steps: int, output: Path | None) -> None:
-    """Cold inspect, edit and fit of this tree and of another, in turns."""
-    _tell("cpu", output, rounds=rounds, steps=steps, commands=cold_commands(rounds, str(other), steps))
+    """Cold inspect, edit and fit of this tree and of another, alternating."""
+    _report("cpu", output, rounds=rounds, steps=steps, commands=cold_commands(rounds, str(other), steps))
 
 
 def _plain(name: str, work: Callable[[int, str], Any], what: str, default: int) -> None:
@@ -100,11 +102,16 @@ def _plain(name: str, work: Callable[[int, str], Any], what: str, default: int) 
     @_device
     @_output
     def command(count: int, device: str, output: Path | None) -> None:
-        _tell(device, output, count=count, found=work(count, device))
+        _report(device, output, count=count, found=work(count, device))
 
 
-_plain("first-picture", first_picture, "From a process's start to the first picture, so many times.", 3)
-_plain("growth", growth, "How steps and memory grow; so many steps of each setting.", 8)
+_plain(
+    "first-picture",
+    first_picture,
+    "Time from the start of a process to its first edit; repeated this often.",
+    3,
+)
+_plain("growth", growth, "Growth of step time and memory; this many steps of each setting.", 8)
 
 
 if __name__ == "__main__":

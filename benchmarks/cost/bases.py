@@ -1,4 +1,4 @@
-"""Bases with the shapes of real models and random weights: cost doesn't depend on their values."""
+"""Bases with the shapes of real models and random weights, since cost doesn't depend on their values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def _components(name: str) -> dict[str, Any]:
     shared = {"vae": vae, "tokenizer": tokenizer, "scheduler": scheduler}
     small = CLIPTextModel(_text(tokenizer, 768, 12, 12))
     if name == "sd15":
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are 1.x's
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768
+        )  # the other defaults are those of 1.x
         return {"unet": unet, "text_encoder": small, **shared}
     unet = UNet2DConditionModel(
         sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,

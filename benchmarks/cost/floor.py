@@ -1,4 +1,4 @@
-"""How near a step comes to what the device can do: floating-point operations against its matrix rate."""
+"""Utilization of the device: floating-point operations of a step against the measured peak rate."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention in some work."""
+    """Floating-point operations of matrix products, convolutions and attention in a function."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product: the best of five."""
+    """Floating-point operations per second of a large matrix product: the best of five runs."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -31,6 +31,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Lets a GPU finish what it was given."""
+    """Waits until a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()

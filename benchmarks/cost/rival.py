@@ -1,7 +1,7 @@
-"""The rival: a fit as diffusers' DreamBooth examples describe it, written from their description.
+"""The baseline ("rival"): a fit as in diffusers' DreamBooth examples, reimplemented from their description.
 
-In every step the photo comes out of a data loader, is encoded by the VAE, and each copy's prompt goes through
-the text encoder; timesteps are drawn independently; AdamW at a constant rate (5e-4 for LoRA, 5e-6 for all
+In every step the photo is read from a data loader and encoded by the VAE, and each copy's prompt by the text
+encoder; timesteps are drawn independently; AdamW at a constant rate (5e-4 for LoRA, 5e-6 for all
 weights, weight decay 1e-2), gradients clipped to 1; A matrices start as Gaussian noise. Rank, targets and
 batch are those of the recipe, so that only the loop differs.
 """
@@ -34,15 +34,15 @@ def train_rival(
     rate: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Trains what is trainable in the base: attached adapters, or its own weights.
+    """Trains all trainable parameters of the base: attached adapters, or its own weights.
 
     Args:
-        photo: of any size.
-        base: with adapters attached, or with weights made trainable.
-        recipe: its steps, batch, size and rare tokens are used.
-        on_step: called after each step, with its number; True ends the training.
-        rate: instead of the example's own.
-        seed: of everything drawn.
+        photo: The photo, of any size.
+        base: The base, with adapters attached or with weights made trainable.
+        recipe: The recipe, whose steps, batch, size and rare tokens are used.
+        on_step: Callback after each step, with its number; True ends the training.
+        rate: Learning rate; None takes that of the examples.
+        seed: Seed of all randomness.
     """
     torch.manual_seed(seed)
     for name, weight in layers.slots(base).items():
@@ -52,7 +52,7 @@ def train_rival(
     read, rare_tokens = load_photo(photo), choose_rare_tokens(recipe, base)
     size = choose_size(read.image.size, recipe.photo, base.size, base.size_step)
     pixels = photo_to_tensor(frame(read, size))[0]
-    weights = [weight for found in layers.trainable_parameters(base).values() for weight in found]
+    weights = [weight for part in layers.trainable_parameters(base).values() for weight in part]
     rate = rate or RATES[settings.method]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-2)
     copies: Any = [pixels] * settings.batch_size

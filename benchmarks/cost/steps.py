@@ -1,4 +1,4 @@
-"""One step of each way to fit: its seconds, its share of the floor, the memory of each phase."""
+"""Cost of one step of each method: seconds, utilization of the device, and memory of each phase."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ METHODS = ("lora", "full", "rival-lora", "rival-full")
 
 
 def noise_photo() -> Image.Image:
-    """A photo whose content is without meaning, as for random weights anything is."""
+    """A photo of random pixels, since the content doesn't matter for random weights."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
 
 
 def recipe_for(base: Base, overrides: list[str]) -> Recipe:
-    """Pocket's own recipe; for random bases the defaults of all settings, with nothing recomputed."""
+    """Pocket's recipe; for random bases the defaults of all settings, without gradient checkpointing."""
     recipe = Recipe.load("pocket/default") if base.name == "pocket" else Recipe()
     return base.family.complete(base.family.complete(recipe).override(overrides))
 
 
 def measure(base_name: str, method: str, size: str, steps: int, batch: int, device: str) -> dict[str, Any]:
-    """Fits once, and edits with what was fitted; seconds and bytes of each phase."""
+    """Fits once, and edits with the adapter; seconds and bytes of each phase."""
     peak, started = Peak(), time.perf_counter()
     dtype = torch.float32 if method.endswith("full") else None
     base = make_base(base_name, device, dtype)
@@ -62,7 +62,7 @@ def measure(base_name: str, method: str, size: str, steps: int, batch: int, devi
         with _trainable(base, recipe, torch.Generator().manual_seed(0)):
             train_rival(photo, base, recipe, on_step)
     row |= {"fit_seconds": time.perf_counter() - moments[0], "fit_peak_bytes": peak.bytes()}
-    row["step_seconds"] = np.diff(moments)[1:].tolist()  # the first one has the preparation in it
+    row["step_seconds"] = np.diff(moments)[1:].tolist()  # the first one includes the preparation
     if adapter is None:
         return row
     row |= of_adapter(adapter)
@@ -85,7 +85,7 @@ def measure(base_name: str, method: str, size: str, steps: int, batch: int, devi
 
 
 def compare(arguments: list[str], methods: list[str], rounds: int) -> dict[str, Any]:
-    """Each method in a process of its own, so that none inherits another's memory; they take turns."""
+    """Runs each method in its own process, so that their memory is independent, and alternates between them."""
     rows = []
     for _ in range(rounds):
         for name in methods:
@@ -99,16 +99,16 @@ def compare(arguments: list[str], methods: list[str], rounds: int) -> dict[str, 
 
 
 def summarise(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
-    """Median, least and most of every number, by method, and each median over that of lora."""
-    found: dict[str, Any] = {}
+    """Median, minimum and maximum of every number by method, and the ratio of each median to that of lora."""
+    summary: dict[str, Any] = {}
     for method in methods:
         of = [row for row in rows if row["method"] == method]
         for name in (key for key in of[0] if key != "method" and of[0][key] is not None):
             values = [v for row in of for v in (row[name] if isinstance(row[name], list) else [row[name]])]
-            found.setdefault(name, {})[method] = {
+            summary.setdefault(name, {})[method] = {
                 "median": float(np.median(values)), "least": min(values), "most": max(values)
             }  # fmt: skip
-    for values in found.values():
+    for values in summary.values():
         for method in [name for name in values if name != "lora" and "lora" in values]:
             values[method]["times_lora"] = values[method]["median"] / values["lora"]["median"]
-    return found
+    return summary

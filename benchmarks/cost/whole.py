@@ -1,4 +1,4 @@
-"""Whole fits and whole commands: time to the same reconstruction, the first picture, and how cost grows."""
+"""End-to-end cost of fits and commands: time to equal reconstruction, time to the first edit, and growth of cost."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .rival import RATES, train_rival
 from .steps import noise_photo
 
 CHECKED = (120, 240, 480, 960, 1920, 3840)
-"""Steps of the rival after which its reconstruction is looked at; the looking isn't counted."""
+"""Steps of the rival at which its reconstruction is evaluated; the evaluation isn't timed."""
 
 
 def reconstruction(base: Base, adapter: Adapter) -> float:
-    """PSNR to the VAE's round trip of the photo drawn again from noise and rare tokens; mean of 2 seeds."""
+    """PSNR between the photo sampled from noise and rare tokens and its VAE reconstruction; mean of 2 seeds."""
     editor = Editor(base)
     target = editor.photo_round_trip(adapter)
-    found = [psnr(target, editor.reconstruct(adapter, seed=seed).image) for seed in range(2)]
+    values = [psnr(target, editor.reconstruct(adapter, seed=seed).image) for seed in range(2)]
     editor.release()
-    return float(np.mean(found))
+    return float(np.mean(values))
 
 
 def reach(scene: int, most: int, device: str) -> dict[str, Any]:
-    """Seconds of this project's fit of a held-out scene, and of the rival's to the same reconstruction."""
+    """Seconds of this project's fit of a held-out scene, and of the rival's until it has the same reconstruction."""
     base, recipe = load_base("pocket", device), Recipe.load("pocket/default")
     photo = world.render(world.draw_scene(scene, "held-out"))
     started = time.perf_counter()
@@ -60,7 +60,7 @@ def reach(scene: int, most: int, device: str) -> dict[str, Any]:
 def _rival_until(
     goal: float, photo: Any, base: Base, recipe: Recipe, ours: Adapter, rate: float, most: int
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"rate": rate, "checked": []}
+    result: dict[str, Any] = {"rate": rate, "checked": []}
     recipe = recipe.override([f"fit.steps={most}"])
     spent, mark = 0.0, time.perf_counter()
 
@@ -71,14 +71,14 @@ def _rival_until(
         spent += time.perf_counter() - mark
         adapter = replace(ours, tensors=layers.collect(base))
         fresh = load_base("pocket", str(base.device))
-        found["checked"].append({"steps": step, "seconds": spent, "psnr": reconstruction(fresh, adapter)})
+        result["checked"].append({"steps": step, "seconds": spent, "psnr": reconstruction(fresh, adapter)})
         mark = time.perf_counter()
-        return bool(found["checked"][-1]["psnr"] >= goal)
+        return bool(result["checked"][-1]["psnr"] >= goal)
 
     with _trainable(base, recipe, torch.Generator().manual_seed(0)):
         train_rival(photo, base, recipe, on_step, rate)
-    last = found["checked"][-1]
-    return {**found, "seconds": last["seconds"], "reached": last["psnr"] >= goal}
+    last = result["checked"][-1]
+    return {**result, "seconds": last["seconds"], "reached": last["psnr"] >= goal}
 
 
 FIRST_PICTURE = """
@@ -106,7 +106,7 @@ COMMAND = "from lora_unitune.cli import main; main()"
 
 
 def first_picture(rounds: int, device: str) -> dict[str, Any]:
-    """From the start of a process to the first picture on disk, and where the time goes; medians."""
+    """Time from the start of a process to its first edit on disk, by phase; medians."""
     with tempfile.TemporaryDirectory() as folder:
         file, picture = Path(folder) / "photo.safetensors", Path(folder) / "out.png"
         fit(noise_photo(), overrides=("fit.steps=2",), device=device).save(file)
@@ -129,12 +129,12 @@ def first_picture(rounds: int, device: str) -> dict[str, Any]:
 
 
 def cold_commands(rounds: int, other: str, steps: int) -> dict[str, Any]:
-    """Seconds of cold commands of this tree and of another, in turns; medians.
+    """Seconds of cold commands of this tree and of another, alternating; medians.
 
     Args:
-        rounds: how often each command runs of each tree, after a first time that isn't counted.
-        other: the folder of the other tree, which holds its lora_unitune.
-        steps: of the fit.
+        rounds: Number of timed runs of each command in each tree, after one warm-up run.
+        other: Folder of the other tree, which contains its lora_unitune.
+        steps: Steps of the fit.
     """
     here = str(Path(__file__).resolve().parents[2])
     rows: dict[str, dict[str, list[float]]] = {}
@@ -156,7 +156,7 @@ def cold_commands(rounds: int, other: str, steps: int) -> dict[str, Any]:
                                env={**os.environ, "PYTHONPATH": place}, cwd=own)  # fmt: skip
                 seconds = time.perf_counter() - started
                 rows.setdefault(name, {}).setdefault(tree, []).append(seconds)
-    rows = {name: {tree: v[1:] for tree, v in row.items()} for name, row in rows.items()}  # without the first
+    rows = {name: {tree: v[1:] for tree, v in row.items()} for name, row in rows.items()}  # without warm-up
     return {
         name: {
             **{t: {"median": float(np.median(v)), "least": min(v), "most": max(v)} for t, v in row.items()},
@@ -167,7 +167,7 @@ def cold_commands(rounds: int, other: str, steps: int) -> dict[str, Any]:
 
 
 def growth(steps: int, device: str) -> list[dict[str, Any]]:
-    """Seconds and peak memory of pocket's fits by size, batch and rank, and of edits by candidates."""
+    """Seconds and peak memory of pocket's fits by size, batch and rank, and of edits by number of samples."""
     base, rows = load_base("pocket", device), list[dict[str, Any]]()
     settings = [f"photo.size={side}x{side}" for side in (32, 64, 96, 128)]
     settings += [f"fit.batch_size={batch}" for batch in (1, 2, 8, 16)]
@@ -193,5 +193,5 @@ def growth(steps: int, device: str) -> list[dict[str, Any]]:
 
 
 def json_line(row: dict[str, Any]) -> str:
-    """A row for a person who waits."""
+    """A row as one readable line."""
     return ", ".join(f"{name} {value}" for name, value in row.items())

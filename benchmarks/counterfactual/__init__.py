@@ -1,1 +1,1 @@
-"""Edits with a known right answer: methods compared on scenes whose edited picture can be drawn."""
+"""Edits with ground truth: methods compared on scenes whose edited image can be rendered."""

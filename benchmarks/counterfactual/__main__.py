@@ -1,11 +1,11 @@
-"""Methods that edit photos with words, compared where the edited picture is known.
+"""Comparison of text-guided image editing methods, on edits with ground truth.
 
     python -m benchmarks.counterfactual --methods lora,full,sdedit --pairs 240 --seeds 3 --out FOLDER
     python -m benchmarks.counterfactual tune --methods lora,full,sdedit --pairs 24 --trials 12
 
-The first runs the methods on the same photos, prompts and noise (going on where it stopped) and writes every
-pair's measures, results.json, table.md, plots and a contact sheet of the first 16 pairs into FOLDER. The
-second chooses the dials of each method, by the same number of trials for each, on photos of their own list.
+The first runs the methods on the same photos, prompts and noise (resuming an interrupted run) and writes every
+pair's metrics, results.json, table.md, plots and a contact sheet of the first 16 pairs into FOLDER. The second
+tunes each method's hyperparameters ("dials"), with the same number of trials for each, on separate photos.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _methods = click.option(
     callback=_names,
     show_default=True,
     metavar="NAME,NAME",
-    help="Also lora@40 and full@40: as tuned, but fits of 40 steps.",
+    help="Also lora@40 and full@40: as tuned, but with 40 steps of the fit.",
 )
 _base = click.option("--base", default="pocket", show_default=True)
 _device = click.option("--device", default="auto", show_default=True)
@@ -56,7 +56,7 @@ _device = click.option("--device", default="auto", show_default=True)
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for pictures and results."
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for images and results."
 )
 @_base
 @_device
@@ -76,13 +76,13 @@ def main(
         raise click.UsageError("give a folder for the results: --out FOLDER")
     pairs, editor = draw_pairs("test", count), Editor(base, device)
     run(out, methods, pairs, seeds, editor, "test", measure)
-    found = summarise(out, methods, pairs, seeds)
+    summary = summarise(out, methods, pairs, seeds)
     made = origin(editor.base.device) | {"pairs": count, "seeds": seeds, "base": base}
-    (out / "results.json").write_text(json.dumps({**made, "methods": found}, indent=1) + "\n")
-    (out / "table.md").write_text(table(found))
-    plot(found, json.loads(TRIALS.read_text()) if TRIALS.exists() else {}, out)
+    (out / "results.json").write_text(json.dumps({**made, "methods": summary}, indent=1) + "\n")
+    (out / "table.md").write_text(table(summary))
+    plot(summary, json.loads(TRIALS.read_text()) if TRIALS.exists() else {}, out)
     contact_sheet(out, methods, pairs).save(out / "contact-sheet.png", optimize=True)
-    click.echo(table(found))
+    click.echo(table(summary))
 
 
 @main.command("tune")
@@ -92,11 +92,11 @@ def main(
 @_base
 @_device
 def run_tune(methods: list[str], count: int, trials: int, base: str, device: str) -> None:
-    """Chooses each method's dials on the tuning list."""
+    """Tunes each method's hyperparameters on the tuning list."""
     for name in methods:
         if name not in METHODS:
             raise click.UsageError(
-                f"{name} is tuned as {name.partition('@')[0]}; only whole names have dials"
+                f"{name} is tuned as {name.partition('@')[0]}; only names without @ have dials"
             )
         if not METHODS[name].grid:
             continue
@@ -109,7 +109,7 @@ def run_tune(methods: list[str], count: int, trials: int, base: str, device: str
 @main.command("folder")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--methods", default="lora,sdedit", callback=_names, show_default=True, metavar="NAME,NAME")
-@click.option("--pairs", "count", default=100_000, type=click.IntRange(1), help="Only the first ones.")
+@click.option("--pairs", "count", default=100_000, type=click.IntRange(1), help="Maximum number of pairs.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True)
 @click.option("--base", required=True, help="Folder or hub id of a Stable Diffusion model.")
@@ -132,13 +132,13 @@ def run_folder(
     pairs, editor = read_folder(folder, count), Editor(base, device)
     scores, missing = load_scores(clip, dino)
     run(out, methods, pairs, seeds, editor, folder.resolve().name, partial(measure_folder, scores=scores))
-    found = {name: summarise_folder(out, name, pairs, seeds) for name in methods}
+    summary = {name: summarise_folder(out, name, pairs, seeds) for name in methods}
     made = origin(editor.base.device) | {"pairs": len(pairs), "seeds": seeds, "base": editor.base.name}
-    text = json.dumps({**made, "left_out": missing, "methods": found}, indent=1)
+    text = json.dumps({**made, "left_out": missing, "methods": summary}, indent=1)
     (out / "results.json").write_text(text + "\n")
     for line in missing:
         click.echo(line, err=True)
-    click.echo(json.dumps(found, indent=1))
+    click.echo(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same methods on real photos with prompts: folders laid out like TEdBench or PIE-Bench."""
+"""The same methods on real photos with prompts, in the layout of TEdBench or PIE-Bench."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .measures import psnr, ssim
 Rows = list[dict[str, float]]
 Score = Callable[[np.ndarray, np.ndarray, str], float]
 """(photo, edited), each (h, w, 3) uint8, and the prompt -> a number."""
-PIE_SIDE = 512  # pixels; PIE-Bench's masks are runs over pictures of this side
+PIE_SIDE = 512  # pixels; PIE-Bench's masks are run-length encoded over images of this side
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class FolderPair:
     """One edit of one photo out of a folder.
 
     Attributes:
-        photo: number of its photo; pairs of one photo share a fit.
-        file: of the photo.
-        prompt: the picture that is asked for, in words.
-        runs: of pixels that may change, (start, length, start, length, ...); empty if the folder doesn't say.
+        photo: Number of its photo; pairs of one photo share a fit.
+        file: Path of the photo.
+        prompt: Description of the edited image.
+        runs: Runs of pixels that may change, (start, length, start, length, ...); empty if unknown.
     """
 
     photo: int
@@ -46,31 +46,31 @@ class FolderPair:
         return self.file
 
     def mask(self, side: int) -> np.ndarray | None:
-        """(side, side) bool, the pixels that may change; None if the folder doesn't say."""
+        """(side, side) bool, the pixels that may change; None if unknown."""
         if not self.runs:
             return None
         flat = np.zeros(PIE_SIDE * PIE_SIDE, dtype=np.uint8)
         for start, length in zip(self.runs[::2], self.runs[1::2], strict=True):
             flat[start : start + length] = 255
         picture = Image.fromarray(flat.reshape(PIE_SIDE, PIE_SIDE)).resize((side, side))
-        found: np.ndarray = np.asarray(picture) > 127
-        return found
+        mask: np.ndarray = np.asarray(picture) > 127
+        return mask
 
 
 def read_folder(folder: Path, count: int) -> list[FolderPair]:
-    """Reads the first pairs of a folder, `count` of them or all there are.
+    """Reads the first `count` pairs of a folder, or all if it has fewer.
 
     PIE-Bench: `mapping_file.json` and the photos in `annotation_images/`. TEdBench: `input_list.json`, a list
     of objects with `img_name` and `target_text`, and the photos in `originals/`.
 
     Raises:
-        click.UsageError: it has neither layout, or names a photo that isn't there.
+        click.UsageError: The folder has neither layout, or names a photo that doesn't exist.
     """
     pie, ted = folder / "mapping_file.json", folder / "input_list.json"
-    found: list[tuple[Path, str, tuple[int, ...]]]
+    edits: list[tuple[Path, str, tuple[int, ...]]]
     if pie.exists():
         entries = json.loads(pie.read_text()).values()
-        found = [
+        edits = [
             (
                 folder / "annotation_images" / e["image_path"],
                 _plain(e["editing_prompt"]),
@@ -79,29 +79,29 @@ def read_folder(folder: Path, count: int) -> list[FolderPair]:
             for e in entries
         ]
     elif ted.exists():
-        found = [
+        edits = [
             (folder / "originals" / e["img_name"], e["target_text"], ()) for e in json.loads(ted.read_text())
         ]
     else:
         raise click.UsageError(
             f"{folder} has neither mapping_file.json (PIE-Bench) nor input_list.json (TEdBench)"
         )
-    for file, _, _ in found:
+    for file, _, _ in edits:
         if not file.is_file():
             raise click.UsageError(f"{folder} names {file.name}, which isn't in {file.parent}")
-    numbers = {file: number for number, file in enumerate(dict.fromkeys(file for file, _, _ in found))}
-    pairs = [FolderPair(numbers[file], file, prompt, runs) for file, prompt, runs in found]
+    numbers = {file: number for number, file in enumerate(dict.fromkeys(file for file, _, _ in edits))}
+    pairs = [FolderPair(numbers[file], file, prompt, runs) for file, prompt, runs in edits]
     return sorted(pairs, key=lambda pair: pair.photo)[:count]
 
 
 def _plain(prompt: str) -> str:
-    """Without the square brackets that mark PIE-Bench's changed words."""
+    """The prompt without the square brackets that mark PIE-Bench's changed words."""
     return prompt.replace("[", "").replace("]", "")
 
 
 def load_scores(clip: str, dino: str) -> tuple[dict[str, Score], list[str]]:
-    """The scores whose weights are in reach, and a sentence for each that had to be left out."""
-    found: dict[str, Score] = {}
+    """The scores whose weights are available, and a sentence for each that isn't."""
+    scores: dict[str, Score] = {}
     missing = []
     for name, load in {
         "clip_text": lambda: _clip(clip),
@@ -109,15 +109,15 @@ def load_scores(clip: str, dino: str) -> tuple[dict[str, Score], list[str]]:
         "lpips_photo": _lpips,
     }.items():
         try:
-            found[name] = load()
-        except Exception as error:  # each library has errors of its own for weights that it can't get
+            scores[name] = load()
+        except Exception as error:  # each library raises its own errors for unavailable weights
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             missing.append(f"{name} is left out: {reason[:200]}")
-    return found, missing
+    return scores, missing
 
 
 def _clip(name: str) -> Score:
-    """Cosine between picture and prompt (arXiv 2104.08718, without its factor)."""
+    """Cosine similarity between image and prompt (arXiv 2104.08718, without its factor)."""
     from transformers import CLIPModel, CLIPProcessor
 
     model = CLIPModel.from_pretrained(name, use_safetensors=True).eval()
@@ -125,15 +125,17 @@ def _clip(name: str) -> Score:
 
     @torch.no_grad()
     def score(photo: np.ndarray, edited: np.ndarray, prompt: str) -> float:
-        given = processor(text=[prompt], images=Image.fromarray(edited), return_tensors="pt", truncation=True)
-        made = model(**given)
+        inputs = processor(
+            text=[prompt], images=Image.fromarray(edited), return_tensors="pt", truncation=True
+        )
+        made = model(**inputs)
         return float(F.cosine_similarity(made.image_embeds, made.text_embeds)[0])
 
     return score
 
 
 def _dino(name: str) -> Score:
-    """Cosine between photo and edited picture in DINO's features (arXiv 2208.12242, section 4.2)."""
+    """Cosine similarity between photo and edited image in DINO's features (arXiv 2208.12242, section 4.2)."""
     from transformers import AutoImageProcessor, AutoModel
 
     model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
@@ -149,7 +151,7 @@ def _dino(name: str) -> Score:
 
 
 def _lpips() -> Score:
-    """Perceptual distance between photo and edited picture (arXiv 1801.03924)."""
+    """Perceptual distance between photo and edited image (arXiv 1801.03924)."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
@@ -163,7 +165,7 @@ def _lpips() -> Score:
 
 
 def measure_folder(pairs: Sequence[FolderPair], pictures: np.ndarray, scores: dict[str, Score]) -> Rows:
-    """Scores of edited pictures (n, h, w, 3) uint8; PSNR and SSIM to the photo where nothing may change."""
+    """Scores of edited images (n, h, w, 3) uint8; PSNR and SSIM to the photo outside of the mask."""
     rows = []
     for pair, edited in zip(pairs, pictures, strict=True):
         photo = np.asarray(frame(load_photo(pair.file), edited.shape[1::-1]).image)

@@ -1,4 +1,4 @@
-"""Imagic, the method nearest to UniTune, as published."""
+"""Imagic, the method most similar to UniTune, as published."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from lora_unitune.training.loop import denoising_error
 
 from .method import RESCALE, STEPS, Dials, Unfitted, conditions, framed, to_bytes
 
-TEXT = (
-    "encoder_hidden_states"  # of the condition of Stable Diffusion 1.x and 2.x, which is all that runs here
-)
+TEXT = "encoder_hidden_states"  # of Stable Diffusion 1.x and 2.x, the only bases supported here
 
 
 class Imagic(Unfitted):
-    """Imagic (arXiv 2210.09276): tune the prompt's embedding, then the UNet, then mix the embeddings.
+    """Imagic (arXiv 2210.09276): optimize the prompt's embedding, then the UNet, then interpolate embeddings.
 
-    It fits every pair anew, since its embedding starts from the prompt.
+    It fits every pair separately, since its embedding starts from the prompt.
     """
 
     grid = {
@@ -36,7 +34,7 @@ class Imagic(Unfitted):
         "unet_rate": (5e-5, 2e-5, 1e-4),
     }
     embedding_steps, embedding_rate, unet_steps, batch = 60, 2e-3, 40, 4
-    kept = 0  # fits; `tune` sets it, a run has each once
+    kept = 0  # number of cached fits, set by `tune`; a run needs each fit once
 
     def __init__(self) -> None:
         self._learned: dict[Any, tuple[Tensor, list[Tensor]]] = {}
@@ -50,30 +48,39 @@ class Imagic(Unfitted):
     def _edit(self, editor: Editor, pair: Any, seed: int, dials: Dials) -> np.ndarray:
         mean, std = editor.base.encode(photo_to_tensor(framed(editor, pair.image)))
         wanted = conditions(editor, [pair.prompt])[TEXT]
-        found, learned = self._learn(editor, wanted, mean, std, seed, dials["unet_rate"])
+        embedding, learned = self._learn(editor, wanted, mean, std, seed, dials["unet_rate"])
         unet = editor.base.parts["unet"]
         with trainable(unet), torch.no_grad():
             for weight, value in zip(unet.parameters(), learned, strict=True):
                 weight.copy_(value)
-            return self._sample(editor, found.lerp(wanted, dials["mix"]), mean, seed, dials)
+            return self._sample(editor, embedding.lerp(wanted, dials["mix"]), mean, seed, dials)
 
     def _learn(
         self, editor: Editor, wanted: Tensor, mean: Tensor, std: Tensor, seed: int, rate: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """The embedding and the UNet's weights of a pair; tuning keeps the last ones for its next dials."""
+        """The embedding and the UNet's weights of a pair; tuning caches the last ones for its next trials."""
         key = (editor.base.fingerprint, seed, rate, *(tensor.numpy().tobytes() for tensor in (wanted, mean)))
         if key not in self._learned:
             unet, generator = editor.base.parts["unet"], torch.Generator().manual_seed(seed)
-            found = wanted.clone().requires_grad_(True)
-            descend(editor, [found], self.embedding_rate, self.embedding_steps, found, mean, std, generator)
-            found = found.detach()
+            embedding = wanted.clone().requires_grad_(True)
+            descend(
+                editor,
+                [embedding],
+                self.embedding_rate,
+                self.embedding_steps,
+                embedding,
+                mean,
+                std,
+                generator,
+            )
+            embedding = embedding.detach()
             with trainable(unet):
                 weights = list(unet.parameters())
-                descend(editor, weights, rate, self.unet_steps, found, mean, std, generator)
+                descend(editor, weights, rate, self.unet_steps, embedding, mean, std, generator)
                 learned = [weight.detach().clone() for weight in weights]
             if not self.kept:
-                return found, learned
-            self._learned[key] = found, learned
+                return embedding, learned
+            self._learned[key] = embedding, learned
             for old in list(self._learned)[: -self.kept]:
                 del self._learned[old]
         return self._learned[key]
@@ -98,7 +105,7 @@ def descend(
     std: Tensor,
     generator: torch.Generator,
 ) -> None:
-    """Adam on the denoising loss of one photo, given an embedding (1, L, width)."""
+    """Minimizes the denoising loss of one photo with Adam, for an embedding (1, L, width)."""
     base, batch = editor.base, Imagic.batch
     optimizer = torch.optim.Adam(list(weights), lr=rate)
     schedule, condition = base.schedule(), {TEXT: embedding}
@@ -113,7 +120,7 @@ def descend(
 
 @contextlib.contextmanager
 def trainable(module: torch.nn.Module) -> Iterator[None]:
-    """Inside the `with` block the weights learn; afterwards they are as they were, bit for bit."""
+    """Inside the `with` block the weights are trainable; afterwards they are restored bit for bit."""
     kept = [weight.detach().clone() for weight in module.parameters()]
     module.requires_grad_(True)
     try:

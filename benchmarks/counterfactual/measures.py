@@ -1,4 +1,4 @@
-"""What is measured of an edited picture, given the true one; and intervals over pairs and seeds."""
+"""Metrics of edited images against the ground truth, and confidence intervals over pairs and seeds."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ def psnr(error: float) -> float:
 
 def ssim(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Structural similarity at each pixel and channel (Wang et al., 2004)."""
-    found: np.ndarray = structural_similarity(first, second, channel_axis=-1, data_range=1.0, full=True)[1]
-    return found
+    similarity: np.ndarray = structural_similarity(first, second, channel_axis=-1, data_range=1.0, full=True)[
+        1
+    ]
+    return similarity
 
 
 def shown(scene: world.Scene) -> dict[str, str]:
-    """The attributes that a scene's picture shows and the examiner reads."""
+    """The attributes that are visible in a scene's image and read by the examiner."""
     fields = [field for field in examiner.CHOICES if field != "colour" or examiner.has_colour(scene)]
     return {field: getattr(scene, field) for field in fields}
 
 
 def measure(pairs: Sequence[Pair], pictures: np.ndarray) -> list[dict[str, float]]:
-    """Measures each edited picture, (n, 64, 64, 3) uint8, against its pair.
+    """Measures each edited image, (n, 64, 64, 3) uint8, against its pair.
 
-    aligned: the examiner reads the value asked for; where it has no word for it (a second thing), the pixels
-        of the true mask are nearer to the true picture than to the photo.
-    preserved: every attribute that photo and true picture share is read as it is there, and so are the
-        object's centre and size, to within `LAYOUT_ERROR` of the width.
+    aligned: the examiner reads the requested value; for a second object, which it can't read, the pixels inside
+        the true mask are nearer to the ground truth than to the photo.
+    preserved: every attribute that photo and ground truth share is read correctly, and so are the object's centre
+        and size, to within `LAYOUT_ERROR` of the width.
     success: both.
-    psnr_outside, ssim_outside: to the photo, where the true picture is the same; NaN if that is nowhere.
-    psnr_truth, ssim_truth: to the true picture, everywhere.
+    psnr_outside, ssim_outside: to the photo, outside of the true mask; NaN if it covers everything.
+    psnr_truth, ssim_truth: to the ground truth, everywhere.
     """
     reading, rows = examiner.read(pictures), []
     words = {field: reading.likeliest(field) for field in examiner.CHOICES}
@@ -69,7 +71,7 @@ def measure(pairs: Sequence[Pair], pictures: np.ndarray) -> list[dict[str, float
             preserved &= abs(getattr(seen, field) - getattr(pair.before, field)) < LAYOUT_ERROR
         outside = np.where(
             mask[..., None], photo, edited
-        )  # what lies inside doesn't reach the windows outside
+        )  # so that pixels inside don't affect SSIM windows outside
         rows.append({
             "aligned": float(aligned),
             "preserved": float(preserved),
@@ -83,7 +85,7 @@ def measure(pairs: Sequence[Pair], pictures: np.ndarray) -> list[dict[str, float
 
 
 def interval(values: np.ndarray, rounds: int = 1000) -> tuple[float, float, float]:
-    """Mean of (pairs, seeds) values but NaN, and its 95 % bootstrap interval over pairs and seeds."""
+    """Mean of (pairs, seeds) values without NaN, and its 95 % bootstrap interval over pairs and seeds."""
     if not np.isfinite(values).any():
         return (float("nan"),) * 3
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What every method of the comparison is, and what several of them need."""
+"""The interface of the compared methods, and functions that several of them use."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import Photo, load_photo, photo_to_tensor
 
 Dials = dict[str, Any]
-RESCALE = 0.7  # of every method that guides, against harsh colours (arXiv 2305.08891)
+"""Hyperparameters of a method, by name."""
+RESCALE = 0.7  # guidance rescaling of every method with guidance (arXiv 2305.08891)
 STEPS = 25
 
 
 class Method(Protocol):
-    """A way to edit a photo with words. Pairs are a `Pair` or anything with `image` and `prompt`.
+    """A text-guided image editing method. Pairs are a `Pair` or any object with `image` and `prompt`.
 
     Attributes:
-        grid: values that tuning may try for each dial; the first of each is the default.
+        grid: Search space: values of each hyperparameter; the first is the default.
     """
 
     grid: dict[str, tuple[Any, ...]]
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
-        """What is computed once for a photo (an image or its file), or None. The base is left as it was."""
+        """Returns what is computed once for a photo (an image or its file), or None; restores the base."""
         ...
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
     ) -> Any:
-        """Edits of one photo, (n, h, w, 3) uint8; seeds are those of the noise, one for each pair."""
+        """Returns edits of one photo, (n, h, w, 3) uint8; `seeds` are those of the noise, one for each pair."""
         ...
 
 
 class Unfitted:
-    """What methods share that compute nothing beforehand."""
+    """Base class of methods without a fit."""
 
     grid: dict[str, tuple[Any, ...]] = {}
 
@@ -55,7 +56,7 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def conditions(editor: Editor, texts: Sequence[str]) -> Condition:
-    """The conditions of texts, by the base as it is now; one batch."""
+    """The conditions of prompts by the current base, as one batch."""
     return joined(*(editor.base.condition(text) for text in texts))
 
 
@@ -65,5 +66,5 @@ def framed(editor: Editor, photo: Any) -> Photo:
 
 
 def photo_latents(editor: Editor, pairs: Sequence[Any]) -> Tensor:
-    """(1, c, h, w), scaled, of the photo that the pairs share."""
+    """x0 of the photo that the pairs share, (1, c, h, w)."""
     return editor.base.encode(photo_to_tensor(framed(editor, pairs[0].image)))[0]

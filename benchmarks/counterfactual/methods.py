@@ -1,7 +1,7 @@
-"""The methods that are compared, each behind the same two calls.
+"""The compared methods, with the interface of `Method`.
 
-Every method gets the photo and the prompts as a person would type them, and no caption of the photo. The
-noise of a pair is drawn from the pair's own seed, the same for all methods.
+Every method gets the photo and the prompts as a user would type them, and no caption of the photo. The noise of
+a pair is drawn with the pair's own seed, the same for all methods.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .method import RESCALE, STEPS, Dials, Method, Unfitted, conditions, framed,
 
 @dataclass
 class UniTune:
-    """This project's fit and edit; dials named with a dot are settings of the fit's recipe.
+    """This project's fit and edit; hyperparameters with a dot in their name are settings of the fit's recipe.
 
     Attributes:
-        overrides: of the default recipe, as `--set` takes them.
-        grid: see `Method`.
+        overrides: Changes of the default recipe, as for `--set`.
+        grid: See `Method`.
     """
 
     overrides: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class UniTune:
 
 
 class WithPlain:
-    """A tuned base, beside a plain one that predicts the empty prompt's half of a guided batch."""
+    """A fine-tuned base, with a plain one that predicts the unconditional half of a guided batch."""
 
     def __init__(self, tuned: Any, plain: Any, count: int) -> None:
         self.tuned, self.plain, self.count = tuned, plain, count
@@ -97,7 +97,7 @@ class WithPlain:
 def guided_by_plain_weights(
     editor: Editor, fitted: Adapter, texts: Sequence[str], start: Any, seeds: Sequence[int], settings: Any
 ) -> Tensor:
-    """For full fine-tuning what unconditional = "base" is for adapters; it takes a second model in memory."""
+    """The equivalent of unconditional = "base" for full fine-tuning; needs a second model in memory."""
     editor.release()
     base, mount = editor.base, Mount(editor.base)
     plain = copy.copy(base)
@@ -134,7 +134,7 @@ class SDEdit(Unfitted):
 
 
 class TextToImage(SDEdit):
-    """The prompt alone: what the base draws that never saw the photo."""
+    """The prompt alone: what the base samples without the photo."""
 
     grid = {
         "guidance": (4.0, 2.0, 3.0, 5.0, 7.0),
@@ -149,9 +149,9 @@ class TextToImage(SDEdit):
 
 
 class FlowEdit(SDEdit):
-    """The untouched base, with edits that follow FlowEdit (arXiv 2412.08629): what is left without the fit.
+    """The base without a fit, with edits by FlowEdit (arXiv 2412.08629): an ablation of the fit.
 
-    As no method here gets a caption of the photo, the photo's own half of it goes without words.
+    As no method here gets a caption of the photo, its source prompt is empty.
     """
 
     grid = {
@@ -164,10 +164,10 @@ class FlowEdit(SDEdit):
 
 
 class DDIMInversion(Unfitted):
-    """The photo's latents taken back to noise without a prompt, then denoised with one (arXiv 2010.02502).
+    """The photo's latents inverted to noise without a prompt, then denoised with one (arXiv 2010.02502).
 
     Attributes:
-        grid: `strength` is the share of the steps that are taken back.
+        grid: See `Method`; `strength` is the share of the steps that are inverted.
     """
 
     grid = {"strength": (0.5, 0.45, 0.55, 0.6), "guidance": (2.5, 2.0, 3.0)}
@@ -195,7 +195,7 @@ class DDIMInversion(Unfitted):
 
 
 class NoiseUNet(UNet2DConditionModel):
-    """A UNet that predicts v, asked for the noise instead (arXiv 2202.00512, appendix D)."""
+    """A v-prediction UNet whose output is converted to epsilon (arXiv 2202.00512, appendix D)."""
 
     alphas: Tensor
 
@@ -206,7 +206,7 @@ class NoiseUNet(UNet2DConditionModel):
 
 
 class LEdits:
-    """LEDITS++ (arXiv 2311.16711), by diffusers' own pipeline and its default sampler and masks."""
+    """LEDITS++ (arXiv 2311.16711), by diffusers' pipeline with its default sampler and masks."""
 
     grid = {
         "skip": (0.5, 0.4, 0.55, 0.6, 0.65, 0.7),
@@ -216,7 +216,7 @@ class LEdits:
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
         editor.release()
-        unet = copy.deepcopy(editor.base.parts["unet"])  # the pipeline puts its own attention into it
+        unet = copy.deepcopy(editor.base.parts["unet"])  # the pipeline replaces its attention processors
         schedule = editor.base.schedule()
         if schedule.prediction == "v_prediction":
             unet.__class__ = NoiseUNet
@@ -253,7 +253,7 @@ class LEdits:
 
 
 class ReturnPhoto(Unfitted):
-    """The photo as it was: keeps everything, changes nothing."""
+    """The unchanged photo: preserves everything, edits nothing."""
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -262,7 +262,7 @@ class ReturnPhoto(Unfitted):
 
 
 class Truth(Unfitted):
-    """The true edited picture: the measures' own ceiling."""
+    """The ground truth: the upper bound of the metrics."""
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -271,7 +271,7 @@ class Truth(Unfitted):
 
 
 class TruthThroughVAE(Truth):
-    """The true edited picture after the base's autoencoder: the most that any method can reach."""
+    """The ground truth after the base's autoencoder: an upper bound for every method."""
 
     def edit(
         self, editor: Editor, fitted: Any, pairs: Sequence[Any], seeds: Sequence[int], dials: Dials
@@ -306,14 +306,14 @@ METHODS: dict[str, Method] = {
 
 
 def ddim_step(base: Any, latents: Tensor, predicted: Tensor, now: int, after: int) -> Tensor:
-    """DDIM without fresh noise (arXiv 2010.02502, equation 13), either way, for a base that predicts v.
+    """A deterministic DDIM step (arXiv 2010.02502, equation 13), in either direction, for a v-prediction base.
 
     Args:
-        base: for its noise schedule.
-        latents: (b, c, h, w) at timestep `now`.
+        base: The base, for its noise schedule.
+        latents: Latents (b, c, h, w) at timestep `now`.
         predicted: v, same shape.
-        now: timestep; -1 is the clean picture.
-        after: timestep to go to, likewise.
+        now: Current timestep; -1 is the clean image.
+        after: Next timestep; -1 is the clean image.
     """
     signal = base.schedule().alpha.square()
     here, there = (1.0 if t < 0 else float(signal[t]) for t in (now, after))

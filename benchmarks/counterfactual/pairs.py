@@ -1,4 +1,4 @@
-"""The benchmark's pairs: a photo, an edit prompt, and the picture that should come out."""
+"""The benchmark's pairs: a photo, an edit prompt, and the ground truth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_unitune.pocket.world.examiner import has_colour
 from lora_unitune.pocket.world.sprites import COLOURS, OBJECTS
 
 FIRST_SEED = {"test": 50_000, "tuning": 60_000}
-"""Held-out scenes of the two lists: no other command of this project fits, tunes on or measures these."""
+"""First seeds of the two lists of held-out scenes; no other command of this project uses these scenes."""
 SIZE_OF_KIND = {
     "object": "large",
     "place": "large",
@@ -32,10 +32,10 @@ class Pair:
     """One edit of one photo.
 
     Attributes:
-        photo: number of its photo in its list.
-        before: the photo's scene.
-        kind: the field that changes, one of `SIZE_OF_KIND`.
-        truth: the edited scene, the prompt that asks for it, and the mask of pixels that truly differ.
+        photo: Number of its photo in its list.
+        before: The photo's scene.
+        kind: The field that changes, one of `SIZE_OF_KIND`.
+        truth: The edited scene, the prompt that asks for it, and the mask of pixels that differ.
     """
 
     photo: int
@@ -50,20 +50,20 @@ class Pair:
 
     @property
     def prompt(self) -> str:
-        """The edit as a person would type it."""
+        """The edit as a user would type it."""
         return self.truth.prompt
 
 
 def scenes(split: str, count: int) -> list[world.Scene]:
-    """The first photos of a list: held-out scenes without a second thing in them."""
-    found: list[world.Scene] = []
+    """The first photos of a list: held-out scenes without a second object."""
+    chosen: list[world.Scene] = []
     seed = FIRST_SEED[split]
-    while len(found) < count:
+    while len(chosen) < count:
         scene = world.draw_scene(seed, "held-out")
         if not scene.companion:
-            found.append(scene)
+            chosen.append(scene)
         seed += 1
-    return found
+    return chosen
 
 
 def changes(scene: world.Scene, rng: random.Random) -> list[world.Change]:
@@ -77,7 +77,7 @@ def changes(scene: world.Scene, rng: random.Random) -> list[world.Change]:
     else:
         local = other("companion", tuple(c for c in world.COMPANIONS if c != scene.object))
     if rng.random() < 0.5:
-        away = world.CENTRES[0] if scene.mirrored else world.CENTRES[-1]  # where it would face the middle
+        away = world.CENTRES[0] if scene.mirrored else world.CENTRES[-1]  # so that it still faces the middle
         layout = world.Change("x", away if scene.side == "middle" else 0.5)
     else:
         far = {"small": world.SIZES[0], "big": world.SIZES[-1]}
@@ -96,9 +96,9 @@ def changes(scene: world.Scene, rng: random.Random) -> list[world.Change]:
 
 def draw_pairs(split: str, count: int) -> list[Pair]:
     """The first `count` pairs of a list, "test" or "tuning"; a longer list begins with the shorter one."""
-    found = []
+    pairs = []
     for number, scene in enumerate(scenes(split, -(-count // EDITS_OF_PHOTO))):
         rng = random.Random(f"{split} {number}")
-        found += [Pair(number, scene, change.field, world.counterfactual(scene, change))
+        pairs += [Pair(number, scene, change.field, world.counterfactual(scene, change))
                   for change in changes(scene, rng)]  # fmt: skip
-    return found[:count]
+    return pairs[:count]

@@ -1,4 +1,4 @@
-"""A run's pictures -> one JSON, a Markdown table, plots and a contact sheet."""
+"""Summary of a run: JSON, Markdown tables, plots and a contact sheet."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ COSTS = {
     "load_seconds": "s to load",
 }
 TIMES = ("fit_seconds", "edit_seconds", "load_seconds", "fit_peak_bytes", "peak_bytes")
-"""The only fields that differ between two runs with the same seeds."""
+"""The only fields that vary between two runs with the same seeds."""
 
 
 def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: int) -> dict[str, Any]:
-    """Every method's measures with their intervals, in all and by size of the edit, preferences and costs."""
+    """Every method's metrics with intervals, over all edits and by size of the edit, preferences and costs."""
     sizes = np.array([SIZE_OF_KIND[pair.kind] for pair in pairs])
     parts = {"all": sizes != ""} | {size: sizes == size for size in dict.fromkeys(SIZE_OF_KIND.values())}
 
     def spread(values: np.ndarray) -> dict[str, list[float | None]]:
         return {part: _rounded(interval(values[chosen])) for part, chosen in parts.items() if chosen.any()}
 
-    values, found = {}, {}
+    values, summary = {}, {}
     for name in names:
         values[name], costs, settings = read(folder, name, pairs, seeds)
-        found[name] = {
+        summary[name] = {
             "settings": settings,
             "measures": {field: spread(values[name][field]) for field in MEASURES},
             "cost": {field: _middle([row[field] for row in costs if row.get(field)]) for field in COSTS},
         }
     for name in names:
         if RIVAL in names:
-            found[name]["nearer_than_sdedit"] = spread(_preferred(values[name], values[RIVAL]))
+            summary[name]["nearer_than_sdedit"] = spread(_preferred(values[name], values[RIVAL]))
         if "full" in names:
-            found[name]["success_minus_full"] = spread(values[name]["success"] - values["full"]["success"])
-    return found
+            summary[name]["success_minus_full"] = spread(values[name]["success"] - values["full"]["success"])
+    return summary
 
 
 def summarise_folder(folder: Path, name: str, pairs: Sequence[Any], seeds: int) -> dict[str, Any]:
-    """A method's scores on real photos, with their intervals."""
+    """A method's scores on real photos, with intervals."""
     values, _, settings = read(folder, name, pairs, seeds)
     return {"settings": settings, **{field: _rounded(interval(of)) for field, of in values.items()}}
 
 
 def _preferred(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> np.ndarray:
-    """1 where ours is nearer to the true picture than theirs, 0 where not, one half where equal."""
+    """1 where ours is nearer to the ground truth than theirs, 0 where not, one half where equal."""
     preferred: np.ndarray = (np.sign(ours["psnr_truth"] - theirs["psnr_truth"]) + 1) / 2
     return preferred
 
@@ -77,10 +77,10 @@ def _middle(values: list[float]) -> dict[str, float] | None:
     return {"median": float(np.median(values)), "least": min(values), "most": max(values)}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Three Markdown tables: measures with their intervals, the same by size of the edit, and costs."""
-    nearer = {name: {"nearer": row.get("nearer_than_sdedit", {})} for name, row in found.items()}
-    measures = {name: row["measures"] | nearer[name] for name, row in found.items()}
+def table(summary: dict[str, Any]) -> str:
+    """Three Markdown tables: metrics with intervals, the same by size of the edit, and costs."""
+    nearer = {name: {"nearer": row.get("nearer_than_sdedit", {})} for name, row in summary.items()}
+    measures = {name: row["measures"] | nearer[name] for name, row in summary.items()}
     sizes = [size for size in next(iter(measures.values()))["success"] if size != "all"]
     columns = {
         "aligned %": ("aligned", 100, 1),
@@ -96,7 +96,7 @@ def table(found: dict[str, Any]) -> str:
     by_size = {name: [_cell(of[field].get(size), 100, 1) for field in ("success", "nearer") for size in sizes]
                for name, of in measures.items()}  # fmt: skip
     costs = {name: [f"{row['cost'][field]['median']:,.4g}" if row["cost"][field] else "" for field in COSTS]
-             for name, row in found.items()}  # fmt: skip
+             for name, row in summary.items()}  # fmt: skip
     heads = [f"{word}, {size} %" for word in ("success", "nearer") for size in sizes]
     tables = (list(columns), in_all), (heads, by_size), (list(COSTS.values()), costs)
     return "\n\n".join(_markdown(*one) for one in tables) + "\n"
@@ -118,21 +118,21 @@ def _cell(values: Sequence[float | None] | None, times: float, digits: int) -> s
     return f"{mean} ({low} to {high})"
 
 
-def plot(found: dict[str, Any], trials: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """Three PNGs: alignment against preservation with every tuning trial, quality against steps, cost."""
+def plot(summary: dict[str, Any], trials: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Three PNGs: alignment against preservation with every tuning trial, quality against steps, and cost."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5.5), layout="constrained")
-    for number, name in enumerate(found):
+    for number, name in enumerate(summary):
         colour = f"C{number % 10}"
         tried = trials.get(name, [])
         axes.scatter(
             [t["aligned"] for t in tried], [t["preserved"] for t in tried], s=8, color=colour, alpha=0.5
         )
-        of = found[name]["measures"]
+        of = summary[name]["measures"]
         (x, *across), (y, *up) = of["aligned"]["all"], of["preserved"]["all"]
         axes.plot(x, y, "o", color=colour, label=name)
         axes.plot(across, [y, y], color=colour)
@@ -142,29 +142,29 @@ def plot(found: dict[str, Any], trials: dict[str, list[dict[str, Any]]], folder:
     axes.legend(fontsize=8)
     figure.savefig(folder / "frontier.png", dpi=110)
     pyplot.close(figure)
-    _plot_steps(found, folder, pyplot)
-    fitted = [name for name in found if found[name]["cost"]["trained_parameters"]]
+    _plot_steps(summary, folder, pyplot)
+    fitted = [name for name in summary if summary[name]["cost"]["trained_parameters"]]
     figure, panels = pyplot.subplots(1, 4, figsize=(11, 3.2), layout="constrained")
     for axes, field in zip(
         panels, ("fit_seconds", "peak_bytes", "trained_parameters", "file_bytes"), strict=True
     ):
-        axes.bar(fitted, [(found[name]["cost"][field] or {"median": 0})["median"] for name in fitted])
+        axes.bar(fitted, [(summary[name]["cost"][field] or {"median": 0})["median"] for name in fitted])
         axes.set(title=COSTS[field], yscale="log")
         axes.tick_params(axis="x", rotation=60, labelsize=7)
     figure.savefig(folder / "cost.png", dpi=110)
     pyplot.close(figure)
 
 
-def _plot_steps(found: dict[str, Any], folder: Path, pyplot: Any) -> None:
-    """Success and closeness against the steps of the fit, for the methods named like lora@40."""
-    swept = sorted({name.partition("@")[0] for name in found if "@" in name})
+def _plot_steps(summary: dict[str, Any], folder: Path, pyplot: Any) -> None:
+    """Success and PSNR to the ground truth against the steps of the fit, for methods such as lora@40."""
+    swept = sorted({name.partition("@")[0] for name in summary if "@" in name})
     if not swept:
         return
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axes, field in zip(panels, ("success", "psnr_truth"), strict=True):
         for method in swept:
-            steps = sorted(int(name.partition("@")[2]) for name in found if name.startswith(f"{method}@"))
-            values = [found[f"{method}@{n}"]["measures"][field]["all"] for n in steps]
+            steps = sorted(int(name.partition("@")[2]) for name in summary if name.startswith(f"{method}@"))
+            values = [summary[f"{method}@{n}"]["measures"][field]["all"] for n in steps]
             axes.plot(steps, [v[0] for v in values], "o-", label=method)
             axes.fill_between(steps, [v[1] for v in values], [v[2] for v in values], alpha=0.2)
         axes.set(xlabel="steps of the fit", ylabel=field, xscale="log")
@@ -174,7 +174,7 @@ def _plot_steps(found: dict[str, Any], folder: Path, pyplot: Any) -> None:
 
 
 def contact_sheet(folder: Path, names: Sequence[str], pairs: Sequence[Pair]) -> Image.Image:
-    """The first 16 pairs, seed 0: photo, true picture, then every method's."""
+    """The first 16 pairs, seed 0: photo, ground truth, and every method's edit."""
     pairs, side, gap = pairs[:16], 96, 4
     columns = ["the photo", "the truth", *(name for name in names if name not in ("photo", "truth"))]
     sheet = Image.new("RGB", (180 + len(columns) * (side + gap), 20 + len(pairs) * (side + gap)), "white")
@@ -193,7 +193,7 @@ def contact_sheet(folder: Path, names: Sequence[str], pairs: Sequence[Pair]) -> 
 
 
 def _strips(folder: Path, name: str) -> list[np.ndarray]:
-    """The pictures that a method's run kept, in order of the pairs."""
+    """The images that a method's run saved, in order of the pairs."""
     files = [folder / strip_name(name, number) for number in range(SHOWN_PHOTOS)]
     strips = [np.asarray(Image.open(file)) for file in files if file.exists()]
     return [picture for strip in strips for picture in np.split(strip, strip.shape[1] // len(strip), axis=1)]

@@ -1,7 +1,7 @@
-"""Runs methods over photos and seeds; goes on where it stopped.
+"""Runs methods over photos and seeds; resumes interrupted runs.
 
-Each method keeps a file of lines of its own: first its settings, then one line for each photo and seed with
-the measures and costs of its pairs. The pictures of the first photos are kept too, as strips.
+Each method writes its own JSON Lines file: first its settings, then one line for each photo and seed with the
+metrics and costs of its pairs. The images of the first photos are saved too, as strips.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from .methods import METHODS
 from .pairs import EDITS_OF_PHOTO, draw_pairs
 
 DIALS = Path(__file__).with_name("dials.json")
-"""The dials of each method as `tune` chose them on the tuning list."""
-SHOWN_PHOTOS = 3  # whose pictures are kept: the first 16 pairs and two more
+"""The hyperparameters of each method as chosen by `tune` on the tuning list."""
+SHOWN_PHOTOS = 3  # number of photos whose images are saved: the first 16 pairs and two more
 Judge = Callable[[Sequence[Any], np.ndarray], list[dict[str, float]]]
-"""Some pairs and their edited pictures, (n, h, w, 3) uint8 -> the measures of each."""
+"""Function from pairs and their edited images, (n, h, w, 3) uint8, to the metrics of each."""
 
 
 def split_name(name: str, base: str = "pocket") -> tuple[Method, Dials]:
-    """A method and its dials: "lora" as tuned, "lora@40" with fits of 40 steps.
+    """A method and its hyperparameters: "lora" as tuned, "lora@40" with 40 steps of the fit.
 
-    Dials are tuned for pocket; on another base UniTune takes its recipe's own, and the others their defaults.
+    They are tuned for pocket; on another base UniTune takes those of its recipe, and the others their defaults.
 
     Raises:
-        click.BadParameter: there is no such method.
+        click.BadParameter: The method is unknown.
     """
     method, _, steps = name.partition("@")
     if method not in METHODS or (steps and not (steps.isdecimal() and method.startswith(("lora", "full")))):
@@ -59,20 +59,20 @@ def split_name(name: str, base: str = "pocket") -> tuple[Method, Dials]:
 
 
 def photos(pairs: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
-    """The pairs of each photo."""
+    """Yields the number and the pairs of each photo."""
     for number, group in groupby(pairs, key=lambda pair: pair.photo):
         yield number, list(group)
 
 
 def noise_seeds(number: int, seed: int, count: int) -> list[int]:
-    """Seeds of a photo's pairs: the same for every method."""
+    """Noise seeds of a photo's pairs, the same for every method."""
     return [1_000_000 * (seed + 1) + 100 * number + i for i in range(count)]
 
 
 def run_photo(
     editor: Editor, method: Method, number: int, pairs: list[Any], seed: int, dials: Dials
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Edits of one photo, (n, h, w, 3) uint8, and what they cost."""
+    """Edits of one photo, (n, h, w, 3) uint8, and their costs."""
     peak, started = Peak(), time.perf_counter()
     fitted = method.fit(editor, pairs[0].image, seed, dials)
     between = time.perf_counter()
@@ -99,16 +99,16 @@ def run(
     """Runs what isn't in the folder yet.
 
     Args:
-        folder: for the results.
-        names: of methods.
-        pairs: those of one photo beside each other.
-        seeds: how many.
-        editor: with the base.
-        label: of the list that the pairs are from.
-        judge: measures the pictures of some pairs.
+        folder: Folder of the results.
+        names: Names of the methods.
+        pairs: The pairs, those of one photo adjacent.
+        seeds: Number of seeds.
+        editor: An editor with the base.
+        label: Name of the list of pairs.
+        judge: Function that measures the edited images of some pairs.
 
     Raises:
-        click.UsageError: the folder holds a run with other pairs, dials or another base.
+        click.UsageError: The folder holds a run with other pairs, dials or another base.
     """
     base = editor.base
     done = {}
@@ -134,17 +134,17 @@ def run(
 
 
 def _rounded(rows: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    """To five digits, and nothing for NaN, as strict JSON has it."""
+    """Rounds to five digits, with None for NaN, which JSON doesn't have."""
     return [{name: round(v, 5) if math.isfinite(v) else None for name, v in row.items()} for row in rows]
 
 
 def strip_name(name: str, number: int) -> str:
-    """Name of the PNG with a method's pictures of one photo, beside each other."""
+    """Name of the PNG with a method's edits of one photo, side by side."""
     return f"{name}-{number}.png"
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """A file's lines; one that a stopped run left half-written is dropped."""
+    """Reads a file's lines, without a last one that an interrupted run left incomplete."""
     lines = file.read_text().split("\n")
     if lines[-1]:
         file.write_text("".join(f"{line}\n" for line in lines[:-1]))
@@ -152,10 +152,10 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def keep_settings(file: Path, settings: dict[str, Any]) -> dict[tuple[int, int], int]:
-    """Writes a method's settings as its file's first line, once; how many pairs it has by seed and photo.
+    """Writes a method's settings as the first line of a new file; returns its number of pairs by seed and photo.
 
     Raises:
-        click.UsageError: the file was made with others.
+        click.UsageError: The file was made with other settings.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists() or not _lines(file):
@@ -169,7 +169,7 @@ def keep_settings(file: Path, settings: dict[str, Any]) -> dict[tuple[int, int],
 def read(
     folder: Path, name: str, pairs: Sequence[Any], seeds: int
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], dict[str, Any]]:
-    """A method's measures, each (pairs, seeds); the costs of each photo and seed; and its settings."""
+    """A method's metrics, each (pairs, seeds); the costs of each photo and seed; and its settings."""
     settings, *lines = _lines(folder / f"{name}.jsonl")
     kept = {(line["seed"], line["photo"]): line for line in lines}
     chosen = [[(kept[seed, number], len(group)) for number, group in photos(pairs)] for seed in range(seeds)]
@@ -181,17 +181,17 @@ def read(
 
 
 def settings_to_try(method: Method, trials: int) -> list[Dials]:
-    """The defaults, then settings drawn at random from the grid: the same number for every method."""
-    rng, found = random.Random(0), [{dial: values[0] for dial, values in method.grid.items()}]
+    """The defaults, then random samples of the search space: the same number for every method."""
+    rng, chosen = random.Random(0), [{dial: values[0] for dial, values in method.grid.items()}]
     for _ in range(100 * trials):
         dials = {dial: rng.choice(values) for dial, values in method.grid.items()}
-        if len(found) < trials and dials not in found:
-            found.append(dials)
-    return found
+        if len(chosen) < trials and dials not in chosen:
+            chosen.append(dials)
+    return chosen
 
 
 def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> list[dict[str, Any]]:
-    """Tries settings on the tuning list, best first: most successes, then nearest to the true pictures."""
+    """Random search on the tuning list; returns trials, the best first, by success and then PSNR to the truth."""
     editor, method = Editor(base, device), METHODS[name]
     if isinstance(method, Imagic):
         method.kept = EDITS_OF_PHOTO * len(method.grid["unet_rate"])

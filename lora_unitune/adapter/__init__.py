@@ -1,1 +1,1 @@
-"""Everything about an adapter: its file, its layers on a base, other tools' layouts."""
+"""Adapters: their file format, their layers on a base, and the layouts of other tools."""

@@ -1,8 +1,8 @@
-"""The one file people share: an adapter as a value, which loads and saves itself.
+"""An adapter in memory, and its file.
 
 The file is safetensors. Its keys and its "lora_adapter_metadata" are those of diffusers' `save_lora_weights`,
-so a plain pipeline loads it; a second header entry, "lora_unitune", holds what an edit needs besides.
-It can be written in kohya's layout too, for ComfyUI and A1111. docs/file-format.md has all of it.
+so a plain pipeline loads it; a second header entry, "lora_unitune", holds what an edit needs besides the tensors.
+It can be written in kohya's layout too, for ComfyUI and A1111. docs/file-format.md specifies the format.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lora_unitune.adapter.header import (
     open_source,
     read_content,
 )
-from lora_unitune.adapter.int8 import WHOLE, pack, unpack
+from lora_unitune.adapter.int8 import INT8_SUFFIX, pack, unpack
 from lora_unitune.adapter.source import Source
 from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import FAMILIES, Base, Family, Size
@@ -48,24 +48,23 @@ _DIFFUSERS_ENTRIES = ("r", "lora_alpha", "target_modules", "use_rslora")
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a fit learned about one photo, and everything an edit has to know about it; holds no model.
+    """The result of a fit: the trained tensors and everything an edit needs, without the base model.
 
     Attributes:
-        tensors: By "<part>.<module>.lora_A.weight" and "...lora_B.weight" (method "lora"), or by
+        tensors: Tensors by "<part>.<module>.lora_A.weight" and "...lora_B.weight" (method "lora"), or by
             "<part>.<parameter>" (method "full"); float32, on the CPU.
         rare_tokens: The words that stand for the photo.
-        recipe: Every setting of the fit, and the defaults of its edits.
-        base: Name of the base it was fitted on, as the user gave it.
+        recipe: Every setting of the fit, and the default settings of its edits.
+        base: Name of the base it was fitted on, as the user specified it.
         fingerprint: Fingerprint of that base; "" for an adapter of another tool.
-        photo_latents: (1, c, h, w) float32, the photo as the base encodes it; None keeps the photo out of the
-            file.
-        size: (width, height) in pixels at which the base saw the photo; (0, 0) where a file doesn't say it.
+        photo_latents: (1, c, h, w) float32, the photo encoded by the base; None if the photo isn't stored.
+        size: (width, height) in pixels at which the base processed the photo; (0, 0) if unknown.
         seed: Seed of the fit.
-        seconds: Duration of the training.
+        seconds: Duration of the training, in seconds.
         date: Day of the fit, YYYY-MM-DD, or "".
-        family: Name of the base's kind in the table of families.
+        family: Name of the base's family, a key of `FAMILIES`.
         photo_digest: 32 hexadecimal digits of the photo's upright sRGB pixels, or "".
-        history: Losses of the fit, step by step; not in the file.
+        history: Loss of each step of the fit; not stored in the file.
     """
 
     tensors: dict[str, Tensor]
@@ -84,17 +83,17 @@ class Adapter:
 
     @classmethod
     def load(cls, place: str | Path, trigger: str = "") -> Adapter:
-        """Opens an adapter, whatever its layout; only safetensors, never a pickle.
+        """Loads an adapter in any supported layout; safetensors only, never a pickle.
 
         Args:
             place: Path of a file in diffusers' or kohya's layout, of this package or another tool, or of a
-                folder of PEFT's; or "hub://owner/name", with "/file.safetensors" where there are several.
-            trigger: The words that call its subject; needed for a file of another tool, which doesn't say
+                PEFT folder; or "hub://owner/name", followed by "/file.safetensors" if it has several files.
+            trigger: Trigger words of the adapter; needed for a file of another tool, which doesn't store
                 them.
 
         Raises:
-            AdapterFileError: It isn't there, isn't an adapter, is damaged, or has the wrong tensors.
-            SettingError: It is no address on the hub, or names a repository with several files.
+            AdapterFileError: The file doesn't exist, isn't an adapter, is damaged, or has the wrong tensors.
+            SettingError: The hub address is invalid, or names a repository with several files.
             HubError: The hub can't be reached, or has no such file.
         """
         return read(open_source(place), trigger)
@@ -106,19 +105,19 @@ class Adapter:
         dtype: torch.dtype = torch.float16,
         layout: Layout = "diffusers",
     ) -> None:
-        """Writes the adapter file: all of it, or nothing.
+        """Writes the adapter file atomically.
 
         Args:
             path: Path of the file.
-            overwrite: Whether a file that is there may be replaced.
-            dtype: Number format of the tensors in the file; int8 (with scales) is read by this package only.
+            overwrite: Whether an existing file may be replaced.
+            dtype: Dtype of the tensors in the file; int8 (with scales) is read by this package only.
             layout: "diffusers", or "kohya" for ComfyUI, A1111 and kohya's scripts.
 
         Raises:
-            OutputError: The file is there already, or can't be written.
+            OutputError: The file already exists, or can't be written.
             AdapterFileError: A tensor has values that `dtype` can't hold.
-            SettingError: The adapter is of method "full", which other tools have no layout for, or `dtype` is
-                int8 and the layout or the method doesn't go with it.
+            SettingError: The adapter is of method "full", which kohya's layout doesn't support, or `dtype` is
+                int8 and the layout or the method doesn't support it.
         """
         if dtype == torch.int8 and (layout != "diffusers" or self.recipe.fit.method != "lora"):
             raise SettingError("8 bits are for adapters of method 'lora', in this package's own files")
@@ -126,7 +125,9 @@ class Adapter:
         _check_finite("this adapter", tensors)
         if dtype == torch.int8:
             photo = {key: tensor for key, tensor in tensors.items() if key == PHOTO_KEY}
-            packed = {key.replace(".weight", WHOLE): tensor for key, tensor in pack(self.tensors).items()}
+            packed = {
+                key.replace(".weight", INT8_SUFFIX): tensor for key, tensor in pack(self.tensors).items()
+            }
             tensors = {**packed, **photo}
         metadata = {"format": "pt"}
         if layout == "kohya":
@@ -148,22 +149,22 @@ class Adapter:
         private: bool = False,
         dry_run: bool = False,
     ) -> hub.Upload:
-        """Uploads the adapter with a model card to the Hugging Face hub, as the user is logged in there.
+        """Uploads the adapter with a model card to the Hugging Face hub, with the user's stored login.
 
         Args:
-            repo: owner/name on the hub.
+            repo: Repository on the hub, owner/name.
             name: Name of the file in the repository.
-            license: Its identifier there, such as "cc-by-4.0".
-            pictures: Paths of up to two PNGs to show in the card.
-            private: Whether only its owner sees a new repository.
-            dry_run: Whether nothing is sent.
+            license: License identifier of the hub, such as "cc-by-4.0".
+            pictures: Paths of up to two sample images (PNG) to show in the card.
+            private: Whether a new repository is private.
+            dry_run: Whether to prepare the upload without sending it.
 
         Returns:
-            What was sent, or would be.
+            The upload; its `url` is empty after a dry run.
 
         Raises:
-            SettingError: A name, the license or the pictures can't be used.
-            HubError: The hub can't be reached, or refuses.
+            SettingError: A name, the license or a sample image is invalid.
+            HubError: The hub can't be reached, or refuses the upload.
         """
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise SettingError(f"name = {name!r} isn't allowed; give one such as adapter.safetensors")
@@ -175,7 +176,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits that change with the tensors (as float16); a saved copy has the same."""
+        """16 hexadecimal digits of a SHA-256 of the tensors as float16; the same for a saved copy."""
         digest = hashlib.sha256()
         for key, tensor in sorted(self._file_tensors(torch.float16).items()):
             digest.update(key.encode())
@@ -184,17 +185,17 @@ class Adapter:
 
     @property
     def kind(self) -> Family:
-        """The row of its family."""
+        """The family of its base."""
         return FAMILIES[self.family]
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of a base of its family that can be adapted."""
+        """The parts of its base that can be adapted."""
         return tuple(self.kind.parts)
 
     @property
     def title(self) -> str:
-        """What a list of models shows."""
+        """Title shown in lists of models."""
         return f"{self.rare_tokens}: one photo, on {self.base}".removeprefix(": ")
 
     def scale_of(self, part: str) -> float:
@@ -203,14 +204,14 @@ class Adapter:
         return settings.scale if settings else 0.0
 
     def header(self) -> str:
-        """Returns what the file's "lora_unitune" entry says, as JSON."""
+        """Returns the content of the file's "lora_unitune" entry, as JSON."""
         own = {"recipe": self.recipe.to_dict(), "format_version": FORMAT_VERSION}
         values = own | {name: getattr(self, name) for name in METADATA_CHECKS if name not in own}
         values |= {name: getattr(self, name) for name in OPTIONAL_CHECKS if getattr(self, name)}
         return json.dumps(values, sort_keys=True)
 
     def _as_kohya(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Returns tensors under kohya's names, with alphas, and the header entries that belong to them."""
+        """Returns the tensors with alphas by kohya's names, and kohya's header entries."""
         if self.recipe.fit.method != "lora":
             raise SettingError("an adapter of method 'full' has no kohya layout; fit the photo with 'lora'")
         photo = tensors.pop(PHOTO_KEY, None)
@@ -227,13 +228,13 @@ class Adapter:
 
     @property
     def _known_base(self) -> tuple[str, str] | None:
-        """The names of the base's kind in other tools: seen in the tensors, or the family's only one."""
+        """The base model's names in kohya's header and in ModelSpec, from the tensors or the family's only one."""
         names = self.kind.names
         only = next(iter(names.kinds.values())) if len(names.kinds) == 1 else None
         return names.kind_of({key: tuple(tensor.shape) for key, tensor in self.tensors.items()}) or only
 
     def _file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Returns the tensors as a file holds them, the photo's latents among them."""
+        """Returns the tensors as stored in a file, including the photo's latents."""
         photo = {} if self.photo_latents is None else {PHOTO_KEY: self.photo_latents}
         tensors = {**self.tensors, **photo}
         return {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
@@ -243,19 +244,19 @@ def read(source: Source, trigger: str = "") -> Adapter:
     """Reads an adapter's tensors, after all of its header has been checked.
 
     Args:
-        source: Where it lies.
-        trigger: The words that call its subject; empty takes what the header says.
+        source: The adapter's file or folder.
+        trigger: Trigger words of the adapter; empty takes those in the header.
 
     Raises:
-        AdapterFileError: It isn't an adapter, is damaged, or has the wrong tensors.
-        SettingError: The trigger isn't a line of words.
+        AdapterFileError: The source isn't an adapter, is damaged, or has the wrong tensors.
+        SettingError: The trigger isn't one printable line.
     """
     words = " ".join(trigger.split())
     if words and not is_line(words):
         raise SettingError(f"trigger = {trigger[:80]!r} isn't allowed; give one line of words")
     content = read_content(source)
-    found = source.tensors(content.keys.values())
-    tensors = {key: found[name].float() for key, name in content.keys.items()}
+    stored = source.tensors(content.keys.values())
+    tensors = {key: stored[name].float() for key, name in content.keys.items()}
     photo_latents = tensors.pop(PHOTO_KEY, _photo_of(content))
     photo = {} if photo_latents is None else {PHOTO_KEY: photo_latents}
     _check_finite(source.name, {**tensors, **photo})
@@ -271,11 +272,11 @@ def read(source: Source, trigger: str = "") -> Adapter:
 
 
 def _photo_of(content: Content) -> Tensor | None:
-    """Returns the photo's latents out of the header."""
+    """Returns the photo's latents stored in the header, or None."""
     if content.photo is None:
         return None
-    shape, number_format, values = content.photo
-    dtype = {"float16": torch.float16, "float32": torch.float32}[number_format]
+    shape, dtype_name, values = content.photo
+    dtype = {"float16": torch.float16, "float32": torch.float32}[dtype_name]
     return torch.frombuffer(bytearray(values), dtype=dtype).reshape(shape).float()
 
 
@@ -283,10 +284,10 @@ def check_fits(adapter: Adapter, base: Base) -> None:
     """Checks that an adapter was made for a base.
 
     Raises:
-        AdapterFileError: It was made for another.
+        AdapterFileError: The adapter was made for another base.
     """
     if not adapter.fingerprint:
-        return  # of another tool, which didn't say; its tensors' names and shapes are checked all the same
+        return  # a file of another tool: only its tensors' names and shapes can be checked
     if adapter.fingerprint != base.fingerprint:
         raise AdapterFileError(
             f"the adapter was made for base {adapter.base!r} ({adapter.fingerprint}) and this is "
@@ -295,7 +296,7 @@ def check_fits(adapter: Adapter, base: Base) -> None:
 
 
 def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the entries of ModelSpec 1.0.1, which lists of models show; tensors are those of the file."""
+    """Returns the entries of ModelSpec 1.0.1; `tensors` are those stored in the file."""
     _, kind = adapter._known_base or ("", adapter.base)
     entries = {
         "sai_model_spec": "1.0.1",
@@ -311,10 +312,10 @@ def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str
 
 
 def _diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
-    """Returns what diffusers has to know to load the adapters at the right strength.
+    """Returns the metadata that diffusers needs to load the adapters at the right scale.
 
-    `save_lora_weights` writes every field of a `LoraConfig`. Here it is only those that matter, so that other
-    versions of peft, which refuse fields they don't know, can read the file too.
+    `save_lora_weights` writes every field of a `LoraConfig`. Here only those that matter are written, so that other
+    versions of PEFT, which refuse unknown fields, can read the file too.
     """
     from lora_unitune.adapter.layers import lora_config, patterns
 

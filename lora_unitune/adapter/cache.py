@@ -1,4 +1,4 @@
-"""The adapters that were used last, kept in memory within a budget."""
+"""A cache of the most recently used adapters, within a memory budget."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from lora_unitune.errors import AdapterFileError
 
 
 class AdapterCache:
-    """Opens adapters; a file that was opened before and hasn't changed since isn't read again."""
+    """A least-recently-used cache of adapters; a file that hasn't changed since is not read again."""
 
     def __init__(self, budget: int) -> None:
         """Makes an empty cache.
 
         Args:
-            budget: Bytes of tensors that may stay in memory; 0 keeps nothing.
+            budget: Bytes of tensors that may stay in memory; 0 disables the cache.
         """
         self.budget = budget
         self._kept: OrderedDict[tuple[str, str, int, int], Adapter] = OrderedDict()
 
     @property
     def size(self) -> int:
-        """Bytes of the tensors that are kept."""
+        """Bytes of the cached tensors."""
         return sum(_bytes(adapter) for adapter in self._kept.values())
 
     def open(self, place: str | Path, trigger: str = "") -> Adapter:
-        """Opens an adapter, as `Adapter.load` does.
+        """Loads an adapter, as `Adapter.load` does.
 
         Args:
             place: Path of a file or a folder, or an address on the hub.
-            trigger: The words that call its subject, where the file doesn't say them.
+            trigger: Trigger words of the adapter, if the file doesn't store them.
 
         Raises:
-            AdapterFileError: It can't be read, or isn't an adapter.
-            SettingError: It is no address on the hub, or names a repository with several files.
+            AdapterFileError: The file can't be read, or isn't an adapter.
+            SettingError: The hub address is invalid, or names a repository with several files.
             HubError: The hub can't be reached, or has no such file.
         """
         path = locate(place)
@@ -44,7 +44,7 @@ class AdapterCache:
             state = path.stat()
         except (OSError, ValueError):
             raise AdapterFileError(f"{place} doesn't exist; give the path of an adapter file") from None
-        if path.is_dir():  # whose own date says nothing of changes in its files
+        if path.is_dir():  # its modification time doesn't reflect changes in its files
             return Adapter.load(path, trigger)
         key = (str(path.resolve()), trigger, state.st_mtime_ns, state.st_size)
         adapter = self._kept.pop(key, None) or Adapter.load(path, trigger)

@@ -1,4 +1,4 @@
-"""What an adapter file must be before its tensors are read: safetensors, whole, and of the right tensors."""
+"""Checks of an adapter file before its tensors are read: complete safetensors, with the right tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LARGEST_HEADER = 16 * 2**20  # bytes
 AGAIN = "make or download the file again"
 LORA_KEY = re.compile(r"(?P<part>[^.]+)\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 STAGE_KEY = re.compile(r"stage_\d+\.", re.ASCII)
-"""Beginning of the keys of a later stage, such as "stage_2.<part>.<module>": reserved."""
+"""Prefix of the keys of a later stage, such as "stage_2.<part>.<module>": reserved."""
 
 
 def check_is_safetensors(path: Path, name: str = "") -> None:
-    """Looks at a file's first bytes before anything parses it.
+    """Checks a file's first bytes before anything parses it.
 
     Args:
         path: Path of the file.
-        name: What messages call it; empty takes the path.
+        name: Name of the file in messages; empty takes the path.
 
     Raises:
-        AdapterFileError: It isn't there, is a pickle, or is something else.
+        AdapterFileError: The file doesn't exist, is a pickle, or isn't safetensors.
     """
     name = name or str(path)
     try:
@@ -51,7 +51,7 @@ def check_is_safetensors(path: Path, name: str = "") -> None:
 
 
 def is_target(key: str, lora: Mapping[str, LoraSettings]) -> bool:
-    """Says whether settings, by part, adapt the layer that a tensor of theirs belongs to."""
+    """Returns whether the settings, by part, adapt the layer of a tensor."""
     layer = key.rsplit(".", 2)[0]
     settings = lora.get(layer.partition(".")[0])
     return settings is not None and settings.rank > 0 and layer.endswith(_ends(settings.targets))
@@ -59,15 +59,15 @@ def is_target(key: str, lora: Mapping[str, LoraSettings]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _ends(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns what the paths of layers end with that these names stand for."""
+    """Returns the path suffixes that targets match."""
     return tuple(f".{target}" for target in targets)
 
 
 def check_stages(name: str, shapes: Mapping[str, tuple[int, ...]], family: Family) -> None:
-    """Checks that no tensor is of a later stage, which no family has yet.
+    """Checks that no tensor belongs to a later stage, which no family has yet.
 
     Raises:
-        AdapterFileError: One is.
+        AdapterFileError: A tensor belongs to a later stage.
     """
     key = next((key for key in shapes if STAGE_KEY.match(key)), None)
     if key is not None:
@@ -80,18 +80,18 @@ def check_stages(name: str, shapes: Mapping[str, tuple[int, ...]], family: Famil
 def check_lora_tensors(
     name: str, shapes: Mapping[str, tuple[int, ...]], lora: Mapping[str, LoraSettings], family: Family
 ) -> None:
-    """Checks that the tensors are pairs A (rank, in, ...), B (out, rank, ...) of modules the recipe names.
+    """Checks that the tensors are pairs A (rank, in, ...), B (out, rank, ...) of the recipe's target modules.
 
     A layer's rank may be below the recipe's: its alpha / rank is the same.
 
     Args:
-        name: What messages call the file.
-        shapes: Shapes of its tensors.
+        name: Name of the file in messages.
+        shapes: Shapes of its tensors, by key.
         lora: The recipe's settings by part.
-        family: Kind of the base.
+        family: The base's family.
 
     Raises:
-        AdapterFileError: They aren't.
+        AdapterFileError: A tensor is missing, surplus or of the wrong shape.
     """
     for key, shape in shapes.items():
         match = LORA_KEY.fullmatch(key)
@@ -120,10 +120,10 @@ def check_lora_tensors(
 def check_full_tensors(
     name: str, shapes: Mapping[str, tuple[int, ...]], lora: Mapping[str, LoraSettings]
 ) -> None:
-    """Checks that the tensors are of the parts that were trained; an Editor checks each against its base.
+    """Checks that the tensors belong to the trained parts; an Editor checks their shapes against its base.
 
     Raises:
-        AdapterFileError: They aren't.
+        AdapterFileError: A tensor belongs to another part, or a part has none.
     """
     parts = [part for part, settings in lora.items() if settings.rank]
     for key in shapes:
@@ -139,7 +139,7 @@ def _is_of(part: str, key: str) -> bool:
 
 
 def shown(key: str) -> str:
-    """Returns a tensor's key as a short piece of one line."""
+    """Returns a tensor's key, quoted and shortened for messages."""
     return repr(key if len(key) <= 120 else f"{key[:117]}...")
 
 

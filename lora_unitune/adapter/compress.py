@@ -1,7 +1,7 @@
 """Smaller adapter files: each layer keeps only its most important ranks.
 
 A layer's change of its weights, B A, is a sum of singular vectors (Eckart and Young, 1936). Over all layers
-together, those that change the base's predictions least for their size in bytes go first.
+together, those with the least effect on the base's predictions per byte are removed first.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Compressed:
     """An adapter with lower ranks.
 
     Attributes:
-        adapter: Its layers' ranks differ, and layers without any rank are gone.
-        kept: Share of the importance of all ranks that is left.
+        adapter: The compressed adapter; ranks differ between layers, and layers of rank 0 are removed.
+        kept: Share of the total importance that the remaining ranks have.
         ranks: Number of ranks of all layers, before and after.
     """
 
@@ -38,7 +38,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's change, taken apart: B A = left diag(values) right.
+    """The singular value decomposition of one layer's change: B A = left diag(values) right.
 
     Attributes:
         part: Name of the base's part.
@@ -47,7 +47,7 @@ class Layer:
         values: Singular values times alpha / rank, (ranks,), the largest first.
         right: Right singular vectors, (ranks, in).
         shapes: Shapes of A and B.
-        importance: Of each rank, (ranks,): its squared effect on the predictions, or its squared value.
+        importance: Importance of each rank, (ranks,): its squared effect on the predictions, or its squared value.
     """
 
     part: str
@@ -60,23 +60,23 @@ class Layer:
 
     @property
     def numbers(self) -> int:
-        """Count of the numbers that one rank takes."""
+        """Number of elements of one rank."""
         return len(self.left) + self.right.shape[1]
 
 
 def take_apart(adapter: Adapter, base: Base | None = None) -> list[Layer]:
-    """Returns every layer's change by its singular values, and the importance of each of them.
+    """Decomposes every layer's change into its singular values, and returns their importance.
 
     A rank's importance is its squared effect on the base's predictions of the photo; without a base, its squared
     singular value.
 
     Args:
         adapter: An adapter of method "lora".
-        base: The base that it was made for; left as it was.
+        base: The base that it was made for; restored afterwards.
 
     Raises:
         SettingError: The method is "full".
-        AdapterFileError: The adapter doesn't suit the base.
+        AdapterFileError: The adapter's tensors don't match the base.
     """
     if adapter.recipe.fit.method != "lora":
         raise SettingError("only adapters of method 'lora' can be compressed; fit the photo with 'lora'")
@@ -96,22 +96,22 @@ def compress(
     eight_bit: bool = False,
     layers: list[Layer] | None = None,
 ) -> Compressed:
-    """Cuts ranks that add little.
+    """Removes the ranks with the least importance per byte.
 
     Args:
         adapter: An adapter of method "lora".
-        keep: Share of the importance of all ranks to keep at least, above 0 to 1.
-        to_bytes: Size that the file's tensors may have at most; its header comes on top.
-        base: The base that it was made for; without it, a rank's size says how important it is.
-        eight_bit: Whether to round to what 8 bits hold; save the result with dtype=torch.int8.
-        layers: What `take_apart` returned, to cut one adapter to several sizes.
+        keep: Minimum share of the total importance to keep, above 0 and up to 1.
+        to_bytes: Maximum size of the file's tensors in bytes, without the header.
+        base: The base that it was made for; None measures importance by squared singular values.
+        eight_bit: Whether to quantize to 8 bits; save the result with dtype=torch.int8.
+        layers: Result of `take_apart`, to compress one adapter to several sizes.
 
     Returns:
         The adapter with lower ranks, and what was lost.
 
     Raises:
-        SettingError: There is no limit, or two, one is impossible, or the method is "full".
-        AdapterFileError: The adapter doesn't suit the base.
+        SettingError: Not exactly one limit is set, a limit is impossible, or the method is "full".
+        AdapterFileError: The adapter's tensors don't match the base.
     """
     if keep is None and to_bytes is None and eight_bit:
         keep = 1.0
@@ -142,11 +142,11 @@ def _chosen(
     Args:
         layers: All layers.
         sizes: Bytes of one rank, by layer.
-        keep: Share of the importance to keep at least.
-        limit: Bytes to take at most.
+        keep: Minimum share of the importance to keep.
+        limit: Maximum number of bytes.
 
     Returns:
-        The numbers of the ranks by layer, in order, and their share of the importance.
+        Indices of the kept ranks by layer, in order, and their share of the importance.
     """
     order = sorted(
         ((importance.item() / sizes[number], number, rank)
@@ -173,8 +173,8 @@ def _effects(base: Base, adapter: Adapter, layers: list[Layer]) -> list[Tensor]:
     p . J for all ranks.
 
     Args:
-        base: The adapter's base; left as it was.
-        adapter: An adapter with singular vectors for ranks, as `layers` have them.
+        base: The adapter's base; restored afterwards.
+        adapter: An adapter whose ranks are the singular vectors of `layers`.
         layers: Its layers.
     """
     noised, timesteps, prompt = _probes(base, adapter)
@@ -198,7 +198,7 @@ def _effects(base: Base, adapter: Adapter, layers: list[Layer]) -> list[Tensor]:
 
 
 def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, str]:
-    """Returns the photo (nothing, if the file doesn't hold it), noised to ten levels, their times, and a prompt."""
+    """Returns the photo (zeros, if the file doesn't hold it), noised to ten levels, their timesteps, and a prompt."""
     size = adapter.size if all(adapter.size) else base.size
     schedule = base.schedule(size)
     index = torch.arange(_PROBES) * (len(schedule) // _PROBES) + len(schedule) // (2 * _PROBES)
@@ -210,18 +210,18 @@ def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, str]:
 
 @torch.no_grad()
 def effect_lost(base: Base, before: Adapter, after: Adapter) -> float:
-    """Returns which share of an adapter's effect another, made from it, lacks.
+    """Returns the share of an adapter's effect that a compressed copy of it lacks.
 
     The effect is the difference that the adapter makes to the base's predictions: root mean square, over
     its noised photo (noise alone, if the file doesn't hold the photo) at ten timesteps.
 
     Args:
-        base: The base that both were made for; left as it was.
+        base: The base that both were made for; restored afterwards.
         before: The adapter.
         after: The adapter that was made from it.
 
     Raises:
-        AdapterFileError: One doesn't suit the base.
+        AdapterFileError: The tensors of one don't match the base.
     """
     noised, timesteps, prompt = _probes(base, before)
     mount, predictions = Mount(base), list[Tensor]()
@@ -240,7 +240,7 @@ def _photo_numbers(adapter: Adapter) -> int:
 
 
 def _by_singular_values(adapter: Adapter) -> list[Layer]:
-    """Returns every layer's change by its singular values, the largest first, without the zeros."""
+    """Returns every layer's singular value decomposition, largest values first, without zeros."""
     layers = []
     for key in sorted(key for key in adapter.tensors if key.endswith(".lora_A.weight")):
         path = key.removesuffix(".lora_A.weight")
@@ -267,7 +267,7 @@ def _by_singular_values(adapter: Adapter) -> list[Layer]:
 
 
 def _put_together(adapter: Adapter, layers: list[Layer], ranks: list[list[int]]) -> Adapter:
-    """Returns an adapter of the ranks that are kept of each layer, with alpha = rank throughout."""
+    """Returns an adapter of the kept ranks of each layer, with alpha = rank."""
     tensors: dict[str, Tensor] = {}
     modules: dict[str, dict[str, int]] = {part: {} for part in adapter.parts}
     for layer, kept in zip(layers, ranks, strict=True):

@@ -1,4 +1,4 @@
-"""Adapter files in the layouts of other tools, and without what a reader needn't know."""
+"""Conversion of adapter files to the layouts of other tools, and removal of private metadata."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Layout = Literal["diffusers", "kohya", "peft"]
 
 
 def convert(place: str | Path, layout: Layout, output: str | Path, overwrite: bool = False) -> None:
-    """Writes an adapter in another layout; its tensors keep their values and their number format.
+    """Writes an adapter in another layout; its tensors keep their values and their dtype.
 
     Args:
         place: Path of an adapter in any layout, or its address on the hub.
         layout: "diffusers", "kohya" (one file each), or "peft" (a folder with a subfolder for each part).
         output: Path of the file, or of the folder.
-        overwrite: Whether what is there may be replaced.
+        overwrite: Whether an existing file or folder may be replaced.
 
     Raises:
-        SettingError: There is no such layout, or the adapter's method is "full", which has only one.
+        SettingError: The layout is unknown, or the adapter's method is "full", which only diffusers' supports.
         AdapterFileError: The adapter can't be read.
         HubError: The hub can't be reached, or has no such file.
         OutputError: The result can't be written.
@@ -36,7 +36,7 @@ def convert(place: str | Path, layout: Layout, output: str | Path, overwrite: bo
     if layout not in get_args(Layout):
         raise SettingError(f"layout = {layout!r} is unknown; choose one of {', '.join(get_args(Layout))}")
     source = open_source(place)
-    adapter, dtype = read(source), _number_format(source)
+    adapter, dtype = read(source), _stored_dtype(source)
     if layout == "peft":
         write_folder(adapter, Path(output), dtype, overwrite)
     else:
@@ -44,15 +44,16 @@ def convert(place: str | Path, layout: Layout, output: str | Path, overwrite: bo
 
 
 def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overwrite: bool = False) -> None:
-    """Writes an adapter without what an edit doesn't need: when, how long, from which seed and settings it
-    was fitted, the folder's name of its base, the photo and its digest. Its weights can redraw the photo all
-    the same.
+    """Writes an adapter without the metadata that an edit doesn't need.
+
+    Removed are the date, duration, seed and settings of the fit, the name of the base's folder, the photo and
+    its digest. The weights can still reproduce the photo.
 
     Args:
         place: Path of an adapter in any layout, or its address on the hub.
         output: Path of the new file, in diffusers' layout.
-        keep_photo: Whether the photo's latents stay in it; without them, edits need the photo.
-        overwrite: Whether a file that is there may be replaced.
+        keep_photo: Whether to keep the photo's latents; without them, edits need the photo.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
         AdapterFileError: The adapter can't be read.
@@ -77,11 +78,11 @@ def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overw
         date="",
         history=(),
     )
-    bare.save(output, overwrite, _number_format(source))
+    bare.save(output, overwrite, _stored_dtype(source))
 
 
-def _number_format(source: Source) -> torch.dtype:
-    """Returns the number format of an adapter's tensors; the widest, where they differ, and 16 bits for 8."""
+def _stored_dtype(source: Source) -> torch.dtype:
+    """Returns the dtype of an adapter's tensors: float32 if they differ, and float16 for int8."""
     formats = {entry.format for key, entry in source.entries.items() if not key.endswith(".alpha")}
     only = {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}
     return only.get(frozenset(formats - {"I8"}), torch.float32)

@@ -1,4 +1,4 @@
-"""What is in an adapter file, from its header alone: no torch is loaded, and no tensor read."""
+"""The content of an adapter file, from its header alone: no torch is imported, and no tensor read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lora_unitune.recipe import Recipe
 
 
 def describe(place: str | Path) -> dict[str, Any]:
-    """Tells what is in an adapter, from its header alone.
+    """Describes an adapter file, from its header alone.
 
     Args:
         place: Path of a file in any layout or of a PEFT folder, or "hub://owner/name[/file]".
 
     Returns:
-        Values that JSON can hold; "ranks" and "targets" are by part, and empty for method "full".
+        JSON-serializable values; "ranks" and "targets" are by part, and empty for method "full".
 
     Raises:
-        AdapterFileError: It isn't there, isn't an adapter, or has the wrong tensors.
-        SettingError: It is no address on the hub, or names a repository with several files.
+        AdapterFileError: The file doesn't exist, isn't an adapter, or has the wrong tensors.
+        SettingError: The hub address is invalid, or names a repository with several files.
         HubError: The hub can't be reached, or has no such file.
     """
     content = read_content(open_source(place))
@@ -50,7 +50,7 @@ def describe(place: str | Path) -> dict[str, Any]:
 
 
 def _privacy(values: Mapping[str, Any], embedded: bool) -> str:
-    """Says what a file tells about the person and the machine that made it."""
+    """Returns a sentence on what a file reveals about its photo and the person who fitted it."""
     details = [f"the base's name {values['base']!r}"]
     details += [f"the day of the fit {values['date']}"] if values["date"] else []
     details += ["its settings, seed and seconds"] if values["seconds"] else []

@@ -1,4 +1,4 @@
-"""Files of other tools, which don't say their base, their rare tokens or their recipe."""
+"""Adapter files of other tools, which don't store their base, rare tokens or recipe."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lora_unitune.settings import LoraSettings
 
 
 def family_of(shapes: Mapping[str, tuple[int, ...]]) -> Family:
-    """Returns the family of a file that doesn't say it: one that surely owns it, else one with all its layers.
+    """Infers the family of a file: one that its keys or shapes identify, else the first with all its layers.
 
     Args:
-        shapes: Shapes of its tensors, by the names in the file.
+        shapes: Shapes of its tensors, by the keys in the file.
     """
     rows = list(FAMILIES.values())
     named = [{kohya.our_key(key, row): shape for key, shape in shapes.items()} for row in rows]
@@ -38,15 +38,17 @@ def foreign_values(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Returns the fields of `Adapter` for a file of another tool, and each layer's factor.
 
+    All layers of a part share one alpha / rank here; a factor is what a layer's B has to be multiplied by.
+
     Args:
-        name: What messages call the file.
-        shapes: Shapes of its tensors, by this package's names.
-        metadata: Its header's own entries.
+        name: Name of the file in messages.
+        shapes: Shapes of its tensors, by this package's keys.
+        metadata: The `__metadata__` of its header.
         alphas: Values of its alpha tensors, by layer.
-        family: Kind of the base.
+        family: The base's family.
 
     Raises:
-        AdapterFileError: It isn't an adapter in a layout that is known.
+        AdapterFileError: The file isn't an adapter in a known layout.
     """
     ranks = _ranks(name, shapes, family)
     scales_of = {**_scales_in_metadata(name, metadata, ranks), **_scales(ranks, alphas)}
@@ -83,7 +85,7 @@ def _ranks(name: str, shapes: Mapping[str, tuple[int, ...]], family: Family) -> 
         match = LORA_KEY.fullmatch(key)
         if not match or match["part"] not in ranks or len(shape) < 2:
             raise AdapterFileError(
-                f"{name}: tensor {shown(key)} is none of a LoRA adapter in diffusers' or kohya's layout; "
+                f"{name}: tensor {shown(key)} doesn't belong to a LoRA adapter in diffusers' or kohya's layout; "
                 "give a file that lora-unitune wrote, or one in these layouts"
             )
         if match["side"] == "A":
@@ -104,7 +106,7 @@ def _scales(ranks: Mapping[str, Mapping[str, int]], alphas: Mapping[str, float])
 def _scales_in_metadata(
     name: str, metadata: Mapping[str, str], ranks: Mapping[str, Mapping[str, int]]
 ) -> dict[str, float]:
-    """Returns alpha / rank of each layer as diffusers' own header has them."""
+    """Returns alpha / rank of each layer from diffusers' header entry."""
     if "lora_adapter_metadata" not in metadata:
         return {}
     try:

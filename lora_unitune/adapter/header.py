@@ -1,8 +1,7 @@
-"""An adapter file's header: what it says, under which names its tensors lie, and whether all of it holds.
+"""An adapter file's header: its values, the keys of its tensors, and the checks of both.
 
-Everything here is decided before a tensor is read, and without torch. Read are this package's files, in
-diffusers' layout, in kohya's and in folders of PEFT's, and other tools' in each of them, which lack the
-"lora_unitune" entry.
+All checks run before a tensor is read, and without torch. Supported are files of this package and of other
+tools, which lack the "lora_unitune" entry, in diffusers' layout, in kohya's layout and in PEFT folders.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lora_unitune.adapter.checks import (
     shown,
 )
 from lora_unitune.adapter.foreign import family_of, foreign_values
-from lora_unitune.adapter.int8 import SCALES_KEY, WHOLE, rank_axis
+from lora_unitune.adapter.int8 import INT8_SUFFIX, SCALES_KEY, rank_axis
 from lora_unitune.adapter.peft import read_folder
 from lora_unitune.adapter.source import Source, read_file
 from lora_unitune.adapter.versions import from_version_1
@@ -40,7 +39,7 @@ RANKS_KEY = "lora_unitune.ranks"
 
 _DATE = re.compile(r"(\d{4}-\d{2}-\d{2})?", re.ASCII)
 _DIGEST = re.compile(r"([0-9a-f]{32})?", re.ASCII)
-_NUMBER_FORMATS = ("F16", "BF16", "F32")
+_DTYPES = ("F16", "BF16", "F32")
 _LONGEST_SIDE = 65536
 
 
@@ -49,15 +48,15 @@ class Content:
     """An adapter's checked header.
 
     Attributes:
-        source: Where it was read.
-        keys: This package's name of each tensor -> the file's.
-        shapes: Shapes by this package's names.
-        values: The fields of `Adapter` that the header holds.
+        source: The file or folder that it was read from.
+        keys: Key in this package -> key in the file, for each tensor.
+        shapes: Shape of each tensor, by this package's keys.
+        values: The fields of `Adapter` that are stored in the header.
         version: Format version of the file; None for a file of another tool.
-        factors: By layer, what its B is multiplied by so that all layers of a part share one alpha / rank.
-        photo: Shape, number format and bytes of the photo's latents, where the header holds them.
-        ranks: Ranks by layer, of those that lie in the file zero-padded to their part's rank.
-        eight_bit: Whether the tensors are whole numbers with scales.
+        factors: Factor of each layer's B, by layer, so that all layers of a part share one alpha / rank.
+        photo: Shape, dtype and bytes of the photo's latents, if they are stored in the header.
+        ranks: Original rank of each layer that is stored zero-padded to its part's rank.
+        eight_bit: Whether the matrices are int8 with scales.
     """
 
     source: Source
@@ -72,31 +71,31 @@ class Content:
 
 
 def locate(place: str | Path) -> Path:
-    """Returns the path of an adapter; one on the hub is downloaded first.
+    """Returns the local path of an adapter, downloading one on the hub.
 
     Args:
         place: Path of a file or a folder, or "hub://owner/name" with or without "/file.safetensors".
 
     Raises:
-        SettingError: That is no address on the hub, or names a repository with several files.
+        SettingError: The hub address is invalid, or names a repository with several files.
         HubError: The hub can't be reached, or has no such file.
     """
     if not str(place).startswith("hub://"):
         return Path(place)
-    from lora_unitune.adapter.hub import download  # its client loads only where it is used
+    from lora_unitune.adapter.hub import download  # imports the hub's client only where it is used
 
     return download(str(place))
 
 
 def open_source(place: str | Path) -> Source:
-    """Finds an adapter's tensors.
+    """Reads the headers of an adapter's file or folder.
 
     Args:
-        place: As `locate` takes it; a file in diffusers' or kohya's layout, or a folder of PEFT's.
+        place: A place as for `locate`: a file in diffusers' or kohya's layout, or a PEFT folder.
 
     Raises:
-        AdapterFileError: It isn't there, isn't an adapter, or is damaged.
-        SettingError: It is no address on the hub, or names a repository with several files.
+        AdapterFileError: The file doesn't exist, isn't an adapter, or is damaged.
+        SettingError: The hub address is invalid, or names a repository with several files.
         HubError: The hub can't be reached, or has no such file.
     """
     path = locate(place)
@@ -111,22 +110,22 @@ def _is_folder(path: Path) -> bool:
 
 
 def read_content(source: Source) -> Content:
-    """Checks all but the tensors' values.
+    """Checks everything but the tensors' values, and returns the header's content.
 
     Raises:
-        AdapterFileError: It isn't an adapter, or has the wrong tensors.
+        AdapterFileError: The source isn't an adapter, or has the wrong tensors.
     """
-    name, found, metadata = source.name, source.shapes, source.metadata
-    alphas = {key for key, shape in found.items() if key.endswith(".alpha") and shape in ((), (1,))}
+    name, stored, metadata = source.name, source.shapes, source.metadata
+    alphas = {key for key, shape in stored.items() if key.endswith(".alpha") and shape in ((), (1,))}
     _check_formats(source, alphas)
-    eight_bit = SCALES_KEY in found
+    eight_bit = SCALES_KEY in stored
     if eight_bit:
-        _check_eight_bit(name, found)
+        _check_eight_bit(name, stored)
     values = _checked_values(name, metadata) if METADATA_KEY in metadata else None
-    family = FAMILIES[values["family"]] if values else family_of(found)
-    check_stages(name, found, family)
-    keys = _our_keys(name, found, family)
-    shapes = {ours: found[key] for ours, key in keys.items() if key not in alphas}
+    family = FAMILIES[values["family"]] if values else family_of(stored)
+    check_stages(name, stored, family)
+    keys = _our_keys(name, stored, family)
+    shapes = {ours: stored[key] for ours, key in keys.items() if key not in alphas}
     photo_shape = shapes.get(PHOTO_KEY, (1, 1, 1, 1))
     if len(photo_shape) != 4 or photo_shape[0] != 1 or 0 in photo_shape:
         raise AdapterFileError(
@@ -159,24 +158,24 @@ def read_content(source: Source) -> Content:
 
 
 def _check_formats(source: Source, alphas: set[str]) -> None:
-    """Checks that every tensor has a number format that is allowed for it."""
+    """Checks that every tensor has an allowed dtype."""
     for key, entry in source.entries.items():
-        allowed: tuple[str, ...] = ("I8",) if key.endswith(WHOLE) else _NUMBER_FORMATS
+        allowed: tuple[str, ...] = ("I8",) if key.endswith(INT8_SUFFIX) else _DTYPES
         if entry.format not in (*allowed, "F64") if key in alphas else entry.format not in allowed:
             raise AdapterFileError(
-                f"{source.name}: tensor {shown(key)} is {_word(entry.format)}; allowed are {', '.join(allowed)}"
+                f"{source.name}: tensor {shown(key)} is {_printable(entry.format)}; allowed are {', '.join(allowed)}"
             )
 
 
-def _word(number_format: str) -> str:
-    """Returns a number format as it is safe to print."""
-    return number_format if re.fullmatch(r"\w{1,16}", number_format, re.ASCII) else shown(number_format)
+def _printable(dtype_name: str) -> str:
+    """Returns a dtype that is safe to print."""
+    return dtype_name if re.fullmatch(r"\w{1,16}", dtype_name, re.ASCII) else shown(dtype_name)
 
 
 def _check_eight_bit(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks that a file with scales has one for each rank, and all its matrices in 8 bits."""
+    """Checks that a file with scales has one for each rank, and that all its matrices are int8."""
     matrices = {key: shape for key, shape in shapes.items() if key not in (PHOTO_KEY, SCALES_KEY)}
-    wrong = [key for key, shape in matrices.items() if not key.endswith(WHOLE) or len(shape) < 2]
+    wrong = [key for key, shape in matrices.items() if not key.endswith(INT8_SUFFIX) or len(shape) < 2]
     if wrong:
         raise AdapterFileError(f"{name}: tensor {shown(wrong[0])} isn't a matrix in 8 bits; {AGAIN}")
     ranks = sum(shape[rank_axis(key)] for key, shape in matrices.items())
@@ -186,11 +185,15 @@ def _check_eight_bit(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def _our_keys(name: str, found: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, str]:
-    """Returns this package's name of every tensor -> the file's."""
+def _our_keys(name: str, stored: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, str]:
+    """Returns key in this package -> key in the file, for each tensor."""
     keys: dict[str, str] = {}
-    for key in found:
-        ours = f"{key.removesuffix(WHOLE)}.weight" if key.endswith(WHOLE) else kohya.our_key(key, family)
+    for key in stored:
+        ours = (
+            f"{key.removesuffix(INT8_SUFFIX)}.weight"
+            if key.endswith(INT8_SUFFIX)
+            else kohya.our_key(key, family)
+        )
         if ours is None:
             raise AdapterFileError(
                 f"{name}: tensor {shown(key)} is of a layer that {family.title} doesn't have; give an adapter "
@@ -203,7 +206,7 @@ def _our_keys(name: str, found: Mapping[str, tuple[int, ...]], family: Family) -
 
 
 def _checked_values(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the fields of `Adapter` in a file's header, each of the right type, and its format version."""
+    """Returns the fields of `Adapter` in a file's header, each of a valid type, and its format version."""
     try:
         header = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError):
@@ -235,26 +238,26 @@ def _checked_values(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _photo_in(name: str, metadata: Mapping[str, str]) -> tuple[tuple[int, ...], str, bytes] | None:
-    """Returns the photo's latents out of a header, where layouts that know only layers keep them."""
+    """Returns the photo's latents from a header, where layouts that can hold only layers store them."""
     if PHOTO_KEY not in metadata:
         return None
     try:
         entry = json.loads(metadata[PHOTO_KEY])
-        shape, number_format = entry["shape"], entry["dtype"]
+        shape, dtype_name = entry["shape"], entry["dtype"]
         content = base64.b64decode(entry["values"], validate=True)
         if len(shape) != 4 or shape[0] != 1 or not all(_is_whole(side, 1, _LONGEST_SIDE) for side in shape):
             raise ValueError("its shape")
-        if len(content) != math.prod(shape) * {"float16": 2, "float32": 4}[number_format]:
+        if len(content) != math.prod(shape) * {"float16": 2, "float32": 4}[dtype_name]:
             raise ValueError("its length")
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise AdapterFileError(f"{name}: the photo in its header can't be read; {AGAIN}") from error
-    return tuple(shape), number_format, content
+    return tuple(shape), dtype_name, content
 
 
 def _ranks_in(
     name: str, metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
-    """Returns the ranks that layers had before they were zero-padded."""
+    """Returns the ranks of layers before they were zero-padded."""
     try:
         ranks = json.loads(metadata.get(RANKS_KEY, "{}"))
         padded = {layer: shapes[f"{layer}.lora_A.weight"][0] for layer in ranks}
@@ -266,7 +269,7 @@ def _ranks_in(
 
 
 def is_line(value: Any) -> bool:
-    """Says whether a value is a line of text that is safe to print."""
+    """Returns whether a value is one printable line of text."""
     return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable() and not value.isspace()
 
 
@@ -293,10 +296,10 @@ METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
     "seed": lambda value: _is_whole(value, -(2**63), 2**64 - 1),
     "seconds": _is_duration,
 }
-"""What a header of the newest version has to say."""
+"""Required fields of a header of the newest version, and their checks."""
 
 OPTIONAL_CHECKS: dict[str, Callable[[Any], bool]] = {
     "date": lambda value: isinstance(value, str) and bool(_DATE.fullmatch(value)),
     "photo_digest": lambda value: isinstance(value, str) and bool(_DIGEST.fullmatch(value)),
 }
-"""What it may say besides."""
+"""Optional fields, and their checks."""

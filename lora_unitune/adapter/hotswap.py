@@ -1,7 +1,7 @@
-"""Hot-swaps adapters on a base, in place where it can, and restores the base bit for bit.
+"""Hot-swaps adapters on a base, in place where possible, and restores the base bit for bit.
 
-The attached layers that adapters are copied into suit every adapter that was used so far: the largest ranks,
-and all targets. An adapter with lower ranks is zero-padded, which changes the last bit at most.
+The attached layers have the capacity for every adapter used so far: the largest ranks, and all targets.
+An adapter of lower rank is zero-padded, which changes outputs by rounding at most.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_unitune.settings import LoraSettings
 
 
 class Mount:
-    """A base and the adapter that is on it now."""
+    """A base and its active adapter."""
 
     def __init__(self, base: Base) -> None:
         """Takes a base without adapters."""
@@ -31,14 +31,15 @@ class Mount:
         self._originals: dict[str, Tensor] = {}
 
     def use(self, adapter: Adapter | None, scale: float) -> None:
-        """Puts an adapter on the base; None leaves the plain base.
+        """Activates an adapter on the base; None restores the plain base.
 
         Args:
-            adapter: made for this base.
-            scale: of its effect; a full one moves the weights that part of the way from the base's.
+            adapter: An adapter made for this base.
+            scale: Factor of its change of the weights; for method "full", weights are interpolated from the
+                base's (0) to the fitted ones (1).
 
         Raises:
-            AdapterFileError: its tensors don't suit the base.
+            AdapterFileError: The adapter's tensors don't match the base.
         """
         if adapter is None:
             self.release()
@@ -58,7 +59,7 @@ class Mount:
         self._loaded, self._attached, self._scale = None, None, 1.0
 
     def _use_lora(self, adapter: Adapter, scale: float) -> None:
-        """Copies an adapter into the attached layers; where it doesn't fit, larger ones are attached first."""
+        """Copies an adapter into the attached layers; if their capacity is too small, attaches larger ones first."""
         if adapter is self._loaded and scale == self._scale and self._attached is not None:
             return
         attached, lora, parts = self._attached, adapter.recipe.lora, self.base.parts
@@ -82,13 +83,13 @@ class Mount:
         weights = self._weights()
         trained = {key.partition(".")[0] for key in adapter.tensors}
         expected = {key: weight.shape for key, weight in weights.items() if key.partition(".")[0] in trained}
-        found = {key: tensor.shape for key, tensor in adapter.tensors.items()}
-        if expected != found:
-            wrong = sorted(key for key in {**expected, **found} if expected.get(key) != found.get(key))
+        shapes = {key: tensor.shape for key, tensor in adapter.tensors.items()}
+        if expected != shapes:
+            wrong = sorted(key for key in {**expected, **shapes} if expected.get(key) != shapes.get(key))
             raise AdapterFileError(
-                f"the adapter's tensor {wrong[0]!r} is missing, surplus or misshapen; fit the photo again"
+                f"the adapter's tensor {wrong[0]!r} is missing, surplus or of the wrong shape; fit the photo again"
             )
-        self._originals = {key: weights[key].detach().to("cpu", copy=True) for key in found}
+        self._originals = {key: weights[key].detach().to("cpu", copy=True) for key in shapes}
         with torch.no_grad():
             for key, tensor in adapter.tensors.items():
                 original = self._originals[key]

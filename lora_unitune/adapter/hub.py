@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub: a model card and an upload that shows first what it would send."""
+"""Adapters on the Hugging Face hub: model cards, uploads with a dry run, and downloads."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ASK = "check its name, the network, and `hf auth login`"
 
 @dataclass(frozen=True)
 class Upload:
-    """What a push sends.
+    """The content of a push.
 
     Attributes:
-        repo: owner/name.
-        card: The README.md of the model, Markdown with a YAML head.
+        repo: Repository on the hub, owner/name.
+        card: The model card (README.md), Markdown with YAML front matter.
         files: Name in the repository -> content.
-        private: Whether only its owner sees a new repository.
-        url: Address of the commit, once it is pushed.
+        private: Whether a new repository is private.
+        url: URL of the commit, once it is pushed.
     """
 
     repo: str
@@ -47,17 +47,17 @@ def prepare_push(
     pictures: Sequence[str | Path] = (),
     private: bool = False,
 ) -> Upload:
-    """Puts together what a push would send; nothing leaves the machine.
+    """Prepares a push without sending anything.
 
     Args:
         path: Path of an adapter file.
-        repo: owner/name on the hub.
-        license: Its identifier there, such as "cc-by-4.0".
-        pictures: Paths of up to two PNGs to show in the card.
-        private: Whether only its owner sees a new repository.
+        repo: Repository on the hub, owner/name.
+        license: License identifier of the hub, such as "cc-by-4.0".
+        pictures: Paths of up to two sample images (PNG) to show in the card.
+        private: Whether a new repository is private.
 
     Raises:
-        SettingError: The name, the license or the pictures can't be used.
+        SettingError: The name, the license or a sample image is invalid.
         AdapterFileError: The file isn't an adapter that this package wrote.
     """
     if not _REPO.fullmatch(repo.removeprefix(SCHEME)):
@@ -70,7 +70,7 @@ def prepare_push(
         raise SettingError(f"there are {len(pictures)} pictures; a card shows up to {_MOST_PICTURES}")
     described = describe(path)
     if not described["rare_tokens"]:
-        raise SettingError(f"{path} doesn't say its rare tokens; push a file that lora-unitune fitted")
+        raise SettingError(f"{path} doesn't store rare tokens; push a file that lora-unitune fitted")
     if not Path(path).is_file():
         raise AdapterFileError(f"{path} isn't one file; convert it to diffusers' layout and push that")
     files = {Path(path).name: Path(path).read_bytes()}
@@ -86,10 +86,10 @@ def model_card(described: dict[str, Any], repo: str, license: str, pictures: Seq
     """Returns an adapter's model card.
 
     Args:
-        described: What `describe` says of it.
-        repo: owner/name.
-        license: Its identifier on the hub.
-        pictures: Names of the sample pictures in the repository.
+        described: The result of `describe`.
+        repo: Repository on the hub, owner/name.
+        license: License identifier of the hub.
+        pictures: File names of the sample images in the repository.
     """
     base, tokens, name = described["base"], described["rare_tokens"], Path(described["path"]).name
     head = [f"license: {license}", "library_name: diffusers", "tags: [lora, text-to-image, lora-unitune]"]
@@ -128,10 +128,10 @@ def model_card(described: dict[str, Any], repo: str, license: str, pictures: Seq
 
 
 def push(upload: Upload) -> str:
-    """Creates the repository if it isn't there, and sends everything in one commit; returns its address.
+    """Creates the repository if it doesn't exist, uploads everything in one commit, and returns its URL.
 
     Raises:
-        HubError: The hub can't be reached, or refuses.
+        HubError: The hub can't be reached, or refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -147,14 +147,14 @@ def push(upload: Upload) -> str:
 
 
 def download(address: str) -> Path:
-    """Brings an adapter file from the hub into its client's cache.
+    """Downloads an adapter file from the hub into the cache of its client.
 
     Args:
-        address: "hub://owner/name", or "hub://owner/name/file.safetensors" where there are several.
+        address: "hub://owner/name", or "hub://owner/name/file.safetensors" if it has several files.
 
     Raises:
-        SettingError: That isn't an address, or the repository has several files.
-        HubError: The hub can't be reached, or the repository has no adapter of a size that can be one.
+        SettingError: The address is invalid, or the repository has several files.
+        HubError: The hub can't be reached, or the repository has no safetensors file of up to 1 GiB.
     """
     owner, _, rest = address.removeprefix(SCHEME).partition("/")
     name, _, wanted = rest.partition("/")
@@ -167,17 +167,23 @@ def download(address: str) -> Path:
         sizes = {each.rfilename: each.size or 0 for each in siblings}
     except Exception as error:
         raise HubError(f"{repo} can't be read ({one_line(error)}); {_ASK}") from error
-    found = sorted(file for file in sizes if file == wanted or (not wanted and file.endswith(".safetensors")))
-    if not found:
+    matches = sorted(
+        file for file in sizes if file == wanted or (not wanted and file.endswith(".safetensors"))
+    )
+    if not matches:
         raise HubError(f"{repo} has no {wanted or 'safetensors file'}; check it on the hub")
-    if len(found) > 1:
-        raise SettingError(f"{repo} has {', '.join(found[:5])}; name one, as in {SCHEME}{repo}/{found[0]}")
-    if sizes[found[0]] > _LARGEST_FILE:
-        raise HubError(f"{found[0]} of {repo} is larger than a gibibyte, so it's no adapter; check it there")
+    if len(matches) > 1:
+        raise SettingError(
+            f"{repo} has {', '.join(matches[:5])}; name one, as in {SCHEME}{repo}/{matches[0]}"
+        )
+    if sizes[matches[0]] > _LARGEST_FILE:
+        raise HubError(
+            f"{matches[0]} of {repo} is larger than 1 GiB, so it isn't an adapter; check it on the hub"
+        )
     try:
-        return Path(api.hf_hub_download(repo, found[0]))
+        return Path(api.hf_hub_download(repo, matches[0]))
     except Exception as error:
-        raise HubError(f"{found[0]} of {repo} can't be downloaded ({one_line(error)}); {_ASK}") from error
+        raise HubError(f"{matches[0]} of {repo} can't be downloaded ({one_line(error)}); {_ASK}") from error
 
 
 def _client() -> Any:
@@ -187,5 +193,5 @@ def _client() -> Any:
 
 
 def _cell(text: str) -> str:
-    """Returns a header's text so that it stays inside a table cell and its backquotes."""
+    """Returns text without the characters that would end a table cell or its code span."""
     return re.sub(r"[`|\\]", "", text)

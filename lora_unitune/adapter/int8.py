@@ -1,4 +1,4 @@
-"""Adapter tensors in 8 bits: whole numbers, and a scale for each rank of each matrix (arXiv 2110.02861)."""
+"""Adapter tensors in 8 bits: int8 values, and a scale for each rank of each matrix (arXiv 2110.02861)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-WHOLE = ".int8"
-"""What such a matrix's name ends with in a file, instead of ".weight"; so no other tool misreads it."""
+INT8_SUFFIX = ".int8"
+"""Suffix of the key of an int8 matrix in a file, instead of ".weight", so that no other tool misreads it."""
 
 SCALES_KEY = "lora_unitune.scales"
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns each matrix as int8, and all scales in one tensor; packing again what was unpacked is exact.
+    """Quantizes matrices to int8, with all scales in one tensor; packing an unpacked result again is exact.
 
     Args:
         tensors: Matrices by "<part>.<module>.lora_A.weight" (rank, in, ...) and "...lora_B.weight"
@@ -38,7 +38,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what `pack` was given, in float32, as near as 8 bits come."""
+    """Dequantizes the result of `pack` to float32."""
     wholes = {key: tensor for key, tensor in sorted(packed.items()) if key != SCALES_KEY}
     ranks = [tensor.shape[rank_axis(key)] for key, tensor in wholes.items()]
     scales = packed[SCALES_KEY].split(ranks)
@@ -49,12 +49,12 @@ def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rank_axis(key: str) -> int:
-    """Returns which dimension of a tensor counts its ranks: the first of A, the second of B."""
+    """Returns the dimension of a tensor that indexes its ranks: 0 for A, 1 for B."""
     return 0 if ".lora_A." in key else 1
 
 
 def _along(scale: Tensor, tensor: Tensor, key: str) -> Tensor:
-    """Returns scales (rank,) as float32 in a shape that multiplies a tensor along its ranks."""
+    """Returns scales (rank,) as float32, shaped to broadcast along a tensor's ranks."""
     shape = [1] * tensor.ndim
     shape[rank_axis(key)] = -1
     return scale.float().view(shape)

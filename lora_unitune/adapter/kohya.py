@@ -1,7 +1,7 @@
 """The kohya layout, which ComfyUI, A1111 and kohya's own scripts read: names of layers, alphas, header.
 
-A layer's key is its path in the model with underscores for dots; beside its two matrices lies its alpha. How a
-family's layers are called there, its row of the table says.
+A layer's key is its path in the model with underscores for dots; its alpha is stored with its two matrices. The
+family's `LayerNames` map between both spellings.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ SIDES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 _KEY = re.compile(r"(?P<layer>lora_[^.]+)\.(?P<what>lora_down\.weight|lora_up\.weight|alpha)")
 _ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
-_LEGACY_PART = (0x100000, 0x110000)  # bytes of a file that kohya's older hash looks at
+_LEGACY_PART = (0x100000, 0x110000)  # bytes of a file that kohya's older hash covers
 
 
 def our_key(key: str, family: Family) -> str | None:
-    """Returns a tensor's name in this package, an alpha's ending in ".alpha".
+    """Returns a tensor's key in this package; that of an alpha ends in ".alpha".
 
-    A name of another layout stays, in today's spelling.
+    A key that isn't in kohya's layout is only renamed to its current spelling.
 
     Args:
-        key: Its name in a file.
-        family: Kind of the file's base.
+        key: The tensor's key in a file.
+        family: Family of the file's base.
 
     Returns:
-        The name; None for a layer in kohya's layout that the family doesn't have.
+        The key; None for a layer in kohya's layout that the family doesn't have.
     """
     match = _KEY.fullmatch(key)
     if not match:
@@ -49,14 +49,14 @@ def our_key(key: str, family: Family) -> str | None:
 def zero_padded(
     tensors: Mapping[str, Tensor], ranks: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Pads layers of lower rank with zeros; diffusers' reader takes one alpha for a whole text encoder.
+    """Zero-pads layers of lower rank, since diffusers reads one alpha for a whole text encoder.
 
     Args:
         tensors: Matrices by "<part>.<module>.lora_A.weight" and "...lora_B.weight".
         ranks: Ranks by part.
 
     Returns:
-        The tensors, and the ranks that the padded layers had.
+        The tensors, and the original ranks of the padded layers.
     """
     padded: dict[str, Tensor] = {}
     lower: dict[str, int] = {}
@@ -77,7 +77,7 @@ def to_kohya(tensors: Mapping[str, Tensor], scales: Mapping[str, float], family:
     Args:
         tensors: Matrices by "<part>.<module>.lora_A.weight" and "...lora_B.weight".
         scales: alpha / rank, by part.
-        family: Kind of the base.
+        family: The base's family.
 
     Raises:
         SettingError: A layer has no name in this layout.
@@ -104,10 +104,10 @@ def header(
 
     Args:
         tensors: As `to_kohya` returns them.
-        rank: The largest of the denoiser's layers.
+        rank: The largest rank of the denoiser's layers.
         alpha: Alpha of the layers with that rank.
-        title: What a list of files shows.
-        version: Kind of the base, as kohya calls it.
+        title: Title shown in lists of models.
+        version: Name of the base model in kohya's header, such as "sd_v1".
     """
     from safetensors.torch import save
 
@@ -116,7 +116,7 @@ def header(
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
         "ss_base_model_version": version,
-        "ss_v2": str("_v2" in version),  # kohya's own flag says once more what the version says
+        "ss_v2": str("_v2" in version),  # redundant with the version, but read by kohya's tools
         "ss_output_name": title,
     }
     whole = save(dict(tensors), entries)
@@ -133,9 +133,9 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def photo_text(latents: Tensor) -> str:
-    """Returns the photo's latents, float16 or another format as float32, as a header entry.
+    """Returns the photo's latents as a header entry, since a file in this layout can hold only layers.
 
-    A file in this layout can hold only layers.
+    float16 is kept; other dtypes are stored as float32.
     """
     import torch
 

@@ -28,7 +28,7 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     """Returns PEFT's configuration of one part's adapter.
 
     Args:
-        settings: The part's rank, alpha and targets.
+        settings: Rank, alpha and targets of the part.
     """
     alpha = settings.scale * settings.rank
     return LoraConfig(
@@ -43,8 +43,8 @@ def patterns(tensors: Mapping[str, Tensor], settings: LoraSettings, part: str) -
     """Returns PEFT's rank_pattern and alpha_pattern: the layers whose rank is below their part's.
 
     Args:
-        tensors: The adapter's, by "<part>.<module>.lora_A.weight".
-        settings: The part's.
+        tensors: Tensors of the adapter, by "<part>.<module>.lora_A.weight".
+        settings: Settings of the part.
         part: Name of the part.
     """
     end = ".lora_A.weight"
@@ -64,15 +64,15 @@ def adapted(base: Base, lora: Mapping[str, LoraSettings]) -> list[str]:
 
 
 def attach(base: Base, lora: Mapping[str, LoraSettings], generator: torch.Generator | None = None) -> None:
-    """Puts a new adapter on each part whose rank isn't 0; the base's output stays the same, since B is 0.
+    """Attaches a new adapter to each part whose rank isn't 0; outputs stay the same, since B is 0.
 
-    Any adapter that is there already is detached first. The new weights are float32 and trainable.
+    Adapters that are already attached are detached first. The new weights are float32 and trainable.
 
     Args:
-        base: Its parts get the adapters.
+        base: The base to attach adapters to.
         lora: Ranks, alphas and targets by part.
-        generator: Draws the A matrices (Kaiming uniform), on the CPU, so a seed gives the same tensors on any
-            device. None when the weights are loaded afterwards.
+        generator: Generator on the CPU that initializes the A matrices (Kaiming uniform), so that a seed gives
+            the same tensors on any device; None if the weights are loaded afterwards.
 
     Raises:
         RecipeError: A target isn't a linear or convolution layer of its part.
@@ -83,8 +83,8 @@ def attach(base: Base, lora: Mapping[str, LoraSettings], generator: torch.Genera
         _check_targets(part, base.parts[part], lora[part].targets)
     for part, config in configs.items():
         module = base.parts[part]
-        # PEFT's own draws leave the caller's random state alone
-        with torch.random.fork_rng(devices=[]), _without_unloaded_kinds():
+        # PEFT's initialization must not change the caller's random state
+        with torch.random.fork_rng(devices=[]), _without_importing_bitsandbytes():
             inject_adapter_in_model(config, module, ADAPTER_NAME)
         for _, layer in _layers(module):
             layer.lora_A[ADAPTER_NAME].float()
@@ -95,32 +95,32 @@ def attach(base: Base, lora: Mapping[str, LoraSettings], generator: torch.Genera
 
 
 @contextlib.contextmanager
-def _without_unloaded_kinds() -> Iterator[None]:
-    """Keeps PEFT from importing bitsandbytes to ask whether a layer is of its kinds: before that, none is."""
+def _without_importing_bitsandbytes() -> Iterator[None]:
+    """Keeps PEFT from importing bitsandbytes for its type checks: no layer can be of its types before."""
     from peft.tuners.lora import model
 
     names = [name for name in ("is_bnb_available", "is_bnb_4bit_available") if hasattr(model, name)]
-    asked = {} if "bitsandbytes" in sys.modules else {name: getattr(model, name) for name in names}
-    for name in asked:
+    replaced = {} if "bitsandbytes" in sys.modules else {name: getattr(model, name) for name in names}
+    for name in replaced:
         setattr(model, name, lambda: False)
     try:
         yield
     finally:
-        for name, function in asked.items():
+        for name, function in replaced.items():
             setattr(model, name, function)
 
 
 def collect(base: Base) -> dict[str, Tensor]:
     """Returns copies of the attached adapters' tensors, float32 on the CPU.
 
-    Keys are "<part>.<module path>.lora_A.weight" and ".lora_B.weight", as `save_lora_weights` of diffusers
-    has them.
+    Keys are "<part>.<module path>.lora_A.weight" and ".lora_B.weight", as in diffusers'
+    `save_lora_weights`.
     """
     return {key: weight.detach().to("cpu", torch.float32, copy=True) for key, weight in slots(base).items()}
 
 
 def slots(base: Base) -> dict[str, nn.Parameter]:
-    """Returns the attached adapters' own tensors, named as `collect` names them."""
+    """Returns the parameters of the attached adapters, with the keys of `collect`."""
     weights = {}
     for part, module in base.parts.items():
         for name, layer in _layers(module):
@@ -132,15 +132,15 @@ def slots(base: Base) -> dict[str, nn.Parameter]:
 def load_in_place(
     weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], lora: Mapping[str, LoraSettings]
 ) -> None:
-    """Copies an adapter's tensors into attached adapters of the same or of higher ranks, padded with zeros.
+    """Copies an adapter's tensors into attached adapters of the same or a higher rank, zero-padded.
 
     Args:
-        weights: Of attached adapters, as `slots` returns them.
-        tensors: As `collect` returns them; any dtype.
-        lora: The adapter's settings by part, whose targets have to be attached.
+        weights: Parameters of the attached adapters, as returned by `slots`.
+        tensors: Tensors to copy, as returned by `collect`; any dtype.
+        lora: The adapter's settings by part; their targets have to be attached.
 
     Raises:
-        AdapterFileError: A tensor is missing, surplus or misshapen; nothing is copied then.
+        AdapterFileError: A tensor is missing, surplus or of the wrong shape; then nothing is copied.
     """
     for key in sorted(weights.keys() - tensors.keys()):
         if is_target(key, lora):
@@ -152,15 +152,15 @@ def load_in_place(
             f"the adapter's tensor '{key}' has no place in the base; use the base it was made for"
         )
     for key, tensor in tensors.items():
-        found, wanted = tensor.shape, weights[key].shape
+        shape, wanted = tensor.shape, weights[key].shape
         inner = rank_axis(key)
-        fits = len(found) == len(wanted) and all(
+        fits = len(shape) == len(wanted) and all(
             size == most or (axis == inner and size < most)
-            for axis, (size, most) in enumerate(zip(found, wanted, strict=False))
+            for axis, (size, most) in enumerate(zip(shape, wanted, strict=False))
         )
         if not fits:
             raise AdapterFileError(
-                f"the adapter's tensor '{key}' has shape {tuple(found)} instead of {tuple(wanted)}; use "
+                f"the adapter's tensor '{key}' has shape {tuple(shape)} instead of {tuple(wanted)}; use "
                 "the base it was made for"
             )
     with torch.no_grad():
@@ -175,7 +175,7 @@ def load_in_place(
 def can_hold(
     attached: Mapping[str, LoraSettings], lora: Mapping[str, LoraSettings], parts: Iterable[str]
 ) -> bool:
-    """Says whether adapters attached with some settings can hold one with others, zero-padded."""
+    """Returns whether attached adapters have the capacity for another one, zero-padded."""
     none = LoraSettings(0)
     pairs = [(lora.get(part, none), attached.get(part, none)) for part in parts]
     return all(
@@ -188,7 +188,7 @@ def can_hold(
 def union(
     first: Mapping[str, LoraSettings], second: Mapping[str, LoraSettings], parts: Iterable[str]
 ) -> dict[str, LoraSettings]:
-    """Returns settings that can hold adapters of both: the larger ranks, and all targets."""
+    """Returns settings with the capacity for both: the larger ranks, and all targets."""
     both = {}
     for part in parts:
         used = [lora[part] for lora in (first, second) if part in lora and lora[part].rank]
@@ -199,7 +199,7 @@ def union(
 
 
 def set_scale(base: Base, scales: Mapping[str, float]) -> None:
-    """Sets, by part, what a layer's B A is multiplied by: alpha / rank as trained, 0 the plain base."""
+    """Sets the factor of B A in each layer, by part: alpha / rank as trained, 0 for the plain base."""
     for part, module in base.parts.items():
         for _, layer in _layers(module):
             layer.scaling[ADAPTER_NAME] = scales.get(part, 0.0)
@@ -207,7 +207,7 @@ def set_scale(base: Base, scales: Mapping[str, float]) -> None:
 
 @contextlib.contextmanager
 def adapters_disabled(base: Base) -> Iterator[None]:
-    """Inside the `with` block the base computes with its own weights only."""
+    """Inside the `with` block adapters are disabled."""
     layers = [layer for module in base.parts.values() for _, layer in _layers(module)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -220,11 +220,11 @@ def adapters_disabled(base: Base) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adapters_for_last(base: Base, count: int) -> Iterator[None]:
-    """Inside the `with` block, of a batch twice as large, only the last `count` rows get the adapters."""
+    """Inside the `with` block, adapters apply to the last `count` rows of a batch of 2 * `count` only."""
     names = ["__base__"] * count + [ADAPTER_NAME] * count
 
-    def choose(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return given, {**named, "adapter_names": names}
+    def choose(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "adapter_names": names}
 
     layers: list[Any] = [layer for module in base.parts.values() for _, layer in _layers(module)]
     hooks = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in layers]
@@ -247,17 +247,19 @@ def detach(base: Base) -> None:
 
 def trainable_parameters(base: Base) -> dict[str, list[nn.Parameter]]:
     """Returns the parameters that require gradients, by part; parts without any are left out."""
-    found = {part: [p for p in module.parameters() if p.requires_grad] for part, module in base.parts.items()}
-    return {part: parameters for part, parameters in found.items() if parameters}
+    trained = {
+        part: [p for p in module.parameters() if p.requires_grad] for part, module in base.parts.items()
+    }
+    return {part: parameters for part, parameters in trained.items() if parameters}
 
 
 def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """Returns the adapted layers of a module with their paths, in the module's own order."""
+    """Returns the adapted layers of a module with their paths, in the module's order."""
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LoraLayer)]
 
 
 def _draw(weight: nn.Parameter, generator: torch.Generator) -> None:
-    """Fills an A matrix as PEFT does (Kaiming uniform with a = sqrt 5), from a generator on the CPU."""
+    """Initializes an A matrix as PEFT does (Kaiming uniform with a = sqrt 5), with a generator on the CPU."""
     drawn = torch.empty(weight.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
     with torch.no_grad():
@@ -268,7 +270,7 @@ def _check_targets(part: str, module: nn.Module, targets: tuple[str, ...]) -> No
     """Checks that each target names layers of the part that can be adapted.
 
     Raises:
-        RecipeError: one doesn't.
+        RecipeError: A target names no layer, or a layer that isn't linear or a convolution.
     """
     children = [(name, child) for name, child in module.named_modules() if name]
     for target in targets:
@@ -286,6 +288,6 @@ def _check_targets(part: str, module: nn.Module, targets: tuple[str, ...]) -> No
 
 
 def _ending(name: str) -> str:
-    """Returns the end of a module's path that says what it is: "to_q", or "to_out.0" with its number."""
+    """Returns the last component of a module's path: "to_q", or "to_out.0" with its number."""
     *_, owner, last = ["", *name.split(".")]
     return f"{owner}.{last}" if last.isdigit() else last

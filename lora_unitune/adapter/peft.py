@@ -1,4 +1,4 @@
-"""Folders as PEFT writes them: one with its weights and its configuration for each part of the base."""
+"""PEFT folders: a subfolder with weights and configuration for each part of the base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 REST = "lora_unitune.safetensors"
-"""Name of the file with this package's header and the photo."""
+"""File name of this package's header and the photo."""
 
 _PREFIX = "base_model.model."
 _LARGEST_CONFIG = 2**20  # bytes
@@ -29,10 +29,10 @@ _AGAIN = "give a folder that PEFT or lora-unitune wrote"
 
 
 def read_folder(folder: Path) -> Source:
-    """Reads the headers of a folder's files; its configurations become diffusers' entry of a header.
+    """Reads the headers of a folder's files; its configurations become diffusers' header entry.
 
     Args:
-        folder: With a folder for each part, or with the files of the denoiser alone.
+        folder: Folder with a subfolder for each part, or with the files of the denoiser alone.
 
     Raises:
         AdapterFileError: A file is missing, or can't be read.
@@ -62,7 +62,7 @@ def read_folder(folder: Path) -> Source:
 
 
 def _config_of(path: Path) -> dict[str, Any]:
-    """Returns a part's configuration, whatever it says."""
+    """Returns a part's configuration, unchecked."""
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError("larger than a megabyte")
@@ -75,24 +75,24 @@ def _config_of(path: Path) -> dict[str, Any]:
 
 
 def write_folder(adapter: Adapter, folder: Path, dtype: torch.dtype, overwrite: bool) -> None:
-    """Writes a folder that `PeftModel.from_pretrained` reads part by part: all of it, or nothing.
+    """Atomically writes a folder whose subfolders `PeftModel.from_pretrained` reads.
 
     Args:
-        adapter: Of method "lora".
+        adapter: An adapter of method "lora".
         folder: Path of the folder.
-        dtype: Number format of the tensors in its files.
-        overwrite: Whether an adapter's folder that is there may be replaced.
+        dtype: Dtype of the tensors in its files.
+        overwrite: Whether an existing PEFT folder may be replaced.
 
     Raises:
         SettingError: The adapter's method is "full".
-        OutputError: The folder is there already, or can't be written.
+        OutputError: The folder already exists, or can't be written.
     """
     if adapter.recipe.fit.method != "lora":
         raise SettingError("an adapter of method 'full' has no PEFT layout; fit the photo with 'lora'")
     if folder.exists() and not (overwrite and (folder / adapter.kind.denoiser / CONFIG).is_file()):
-        raise OutputError(f"{folder} is there already; choose another name or allow it with overwrite=True")
+        raise OutputError(f"{folder} already exists; choose another name or pass overwrite=True")
     if not folder.parent.is_dir():
-        raise OutputError(f"{folder} can't be written: there is no folder {folder.parent}; create it first")
+        raise OutputError(f"{folder} can't be written: folder {folder.parent} doesn't exist; create it first")
     temporary = folder.with_name(f".{secrets.token_hex(8)}.part")
     try:
         _write_files(adapter, temporary, dtype)
@@ -101,7 +101,7 @@ def write_folder(adapter: Adapter, folder: Path, dtype: torch.dtype, overwrite: 
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"{folder} can't be written ({error}); choose another place or make room"
+            f"{folder} can't be written ({error}); choose another path or free disk space"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,7 +129,7 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _peft_config(adapter: Adapter, part: str) -> dict[str, Any]:
-    """Returns a part's configuration as JSON can hold it."""
+    """Returns a part's configuration as JSON-serializable values."""
     from lora_unitune.adapter.layers import lora_config, patterns
 
     settings = adapter.recipe.lora[part]

@@ -1,7 +1,7 @@
-"""Where an adapter's tensors lie: names, shapes and number formats out of safetensors headers.
+"""The stored tensors of an adapter: names, shapes and dtypes from safetensors headers.
 
-A header is read without torch or numpy, and checked as safetensors checks it; before tensors are read,
-safetensors does so once more itself.
+A header is read without torch or numpy, and checked as strictly as by safetensors, which checks it again
+before it reads tensors.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}
-"""Number formats that a file may use -> bytes of a number."""
+"""Dtypes that a file may use, as safetensors names them -> bytes per element."""
 
 _STRUCT = {"F64": "<d", "F32": "<f", "F16": "<e"}
 _METADATA = "__metadata__"
-_MOST_AXES = 8  # of a tensor
+_MOST_AXES = 8  # dimensions of a tensor
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies.
+    """One stored tensor.
 
     Attributes:
         file: The safetensors file.
-        key: Its name there.
-        format: Its number format, such as "F16".
-        shape: Its shape.
-        offset: Bytes of the file before it.
+        key: Key of the tensor in the file.
+        format: Dtype as safetensors names it, such as "F16".
+        shape: Shape of the tensor.
+        offset: Byte offset of its data in the file.
     """
 
     file: Path
@@ -54,10 +54,10 @@ class Source:
     """A file with an adapter's tensors, or a folder of such files.
 
     Attributes:
-        name: What messages call it.
-        entries: By the names that the tensors have there.
-        metadata: Its header's own entries.
-        bytes: Size on the disk.
+        name: Name of the file or folder in messages.
+        entries: Stored tensors, by their keys.
+        metadata: The `__metadata__` of its header.
+        bytes: Size on disk.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Source:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape."""
+        """Shape of each tensor, by key."""
         return {key: entry.shape for key, entry in self.entries.items()}
 
     def number(self, key: str) -> float:
-        """Returns the value of a tensor that is one number.
+        """Returns the value of a tensor of one element.
 
         Raises:
-            AdapterFileError: The file has changed and is shorter now.
+            AdapterFileError: The file can't be read, or has become shorter.
         """
         entry = self.entries[key]
         try:
@@ -88,10 +88,10 @@ class Source:
             raise damaged(self.name, error) from error
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Returns tensors in their own number formats, on the CPU.
+        """Returns tensors in their stored dtypes, on the CPU.
 
         Raises:
-            AdapterFileError: safetensors finds a file damaged.
+            AdapterFileError: A file can't be read by safetensors.
         """
         by_file = defaultdict[Path, list[str]](list)
         for key in keys:
@@ -111,68 +111,68 @@ def read_file(path: Path, name: str) -> Source:
 
     Args:
         path: Path of the file.
-        name: What messages call it.
+        name: Name of the file in messages.
 
     Raises:
-        AdapterFileError: It isn't there, isn't safetensors, or is damaged.
+        AdapterFileError: The file doesn't exist, isn't safetensors, or is damaged.
     """
     check_is_safetensors(path, name)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_without_twins)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_without_duplicates)
         if not isinstance(header, dict):
             raise ValueError("its header isn't an object")
         metadata = header.pop(_METADATA, None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its header's own entries aren't texts")
+            raise ValueError("its __metadata__ values aren't strings")
         places = {key: _place(key, value) for key, value in header.items()}
         _check_places(places, size - 8 - length)
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(name, error) from error
     entries = {
-        key: Entry(path, key, number_format, shape, 8 + length + start)
-        for key, (number_format, shape, start, _) in places.items()
+        key: Entry(path, key, dtype_name, shape, 8 + length + start)
+        for key, (dtype_name, shape, start, _) in places.items()
     }
     return Source(name, entries, metadata, size)
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON as a dictionary, and refuses one that has a name twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("its header has a name twice")
-    return found
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object as a dictionary; a ValueError if it has a duplicate name."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("its header has a duplicate name")
+    return unique
 
 
 def _place(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Returns number format, shape, and first and last byte of a tensor; a ValueError where one is impossible."""
+    """Returns dtype, shape, and start and end offset of a tensor; a ValueError if one is invalid."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"its header doesn't describe {key[:120]!r}")
-    number_format, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(number_format, str) or not _are_counts(shape) or len(shape) > _MOST_AXES:
+    dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype_name, str) or not _are_counts(shape) or len(shape) > _MOST_AXES:
         raise ValueError(f"its header doesn't describe {key[:120]!r}")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"its header doesn't say where {key[:120]!r} lies")
-    return number_format, tuple(shape), offsets[0], offsets[1]
+        raise ValueError(f"its header has no offsets of {key[:120]!r}")
+    return dtype_name, tuple(shape), offsets[0], offsets[1]
 
 
 def _are_counts(values: Any) -> bool:
-    """Says whether a value is a list of whole numbers that a 64-bit machine counts with."""
+    """Returns whether a value is a list of non-negative 64-bit integers."""
     return isinstance(values, list) and all(type(each) is int and 0 <= each < 2**63 for each in values)
 
 
 def _check_places(places: Mapping[str, tuple[str, tuple[int, ...], int, int]], size: int) -> None:
-    """Checks that tensors fill a file without gaps or overlaps; a ValueError where they don't.
+    """Checks that tensors fill a file without gaps or overlaps; a ValueError if they don't.
 
-    Formats that no adapter may have are left to the check of formats.
+    Unsupported dtypes are left to the check of dtypes.
     """
     position = 0
-    for key, (number_format, shape, start, end) in sorted(places.items(), key=lambda each: each[1][2:]):
-        length = math.prod(shape) * BYTES[number_format] if number_format in BYTES else end - start
+    for key, (dtype_name, shape, start, end) in sorted(places.items(), key=lambda each: each[1][2:]):
+        length = math.prod(shape) * BYTES[dtype_name] if dtype_name in BYTES else end - start
         if start != position or end - start != length:
-            raise ValueError(f"the place of {key[:120]!r} is wrong")
+            raise ValueError(f"the offsets of {key[:120]!r} are wrong")
         position = end
     if position != size:
         raise ValueError(f"its tensors end at byte {position} of {size}")

@@ -1,4 +1,4 @@
-"""Headers of earlier format versions, as the newest version writes them."""
+"""Migration of headers of earlier format versions to the newest version."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _FIRST_LORA_KEY = re.compile(r"(?P<part>\w+)_(?P<key>rank|alpha|targets)")
 
 
 def from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a header of version 1 as version 2 says the same.
+    """Migrates a header of version 1 to version 2.
 
-    Version 1 knew square photos only, and its recipe had the settings of all parts in one section. What isn't
-    as version 1 wrote it stays as it is, for the checks to refuse.
+    Version 1 knew square photos only, and its recipe had the settings of all parts in one section. Anything
+    that version 1 never wrote is left unchanged, for the checks to refuse.
 
     Args:
         header: The "lora_unitune" entry, decoded.
@@ -31,7 +31,7 @@ def from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(recipe: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Returns a recipe of version 1 as version 2 writes it."""
+    """Migrates a recipe of version 1 to version 2."""
     sections = dict(recipe)
     photo, lora, fit = (sections.get(name, {}) for name in ("photo", "lora", "fit"))
     if isinstance(photo, Mapping) and "resolution" in photo:
@@ -49,7 +49,7 @@ def _recipe(recipe: Mapping[str, Any], family: Family) -> dict[str, Any]:
         sections["fit"] = {key: value for key, value in fit.items() if key not in rates}
     sections["lora"] = {key: value for key, value in lora.items() if _part_of(key) not in known}
     for part, default in family.parts.items():
-        settings = {"rank": default.rank, "alpha": float(default.rank)}  # version 1's own defaults
+        settings = {"rank": default.rank, "alpha": float(default.rank)}  # the defaults of version 1
         settings |= {
             match["key"]: value
             for key, value in lora.items()
@@ -63,6 +63,6 @@ def _recipe(recipe: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _part_of(key: str) -> str:
-    """Returns the part that a key of version 1's section `lora` is about, "" for another."""
+    """Returns the part that a key of version 1's section `lora` belongs to, "" if it has none."""
     match = _FIRST_LORA_KEY.fullmatch(key)
     return match["part"] if match else ""

@@ -1,4 +1,4 @@
-"""The command line: reads what was typed, calls the public API, prints what came back."""
+"""The command line: parses arguments, calls the public API, prints the results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lora_unitune.cli.terminal import Commands, bytes_text, print_notes, progres
 from lora_unitune.settings import EditSettings, FitSettings
 
 _BATCH = 4
-"""Images of `edit -n` that are sampled at a time: twice as fast as one by one, and the first ones come soon."""
+"""Batch size of `edit -n`: twice as fast as single images, while the first ones are still available early."""
 
 if TYPE_CHECKING:
     from lora_unitune import Adapter, Edit
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lora-unitune")
 def main() -> None:
-    """Fit one photo in seconds, then edit it with words.
+    """Fit one photo in seconds, then edit it with prompts.
 
     \b
     Examples:
@@ -67,7 +67,7 @@ for _command in (inspect_command, convert_command, strip_command, compress_comma
 
 def _png_name(ctx: click.Context, option: click.Parameter, value: str) -> str:
     if not value.lower().endswith(".png"):
-        raise click.BadParameter(f"{value!r} has to end in .png; a PNG holds the settings too.")
+        raise click.BadParameter(f"{value!r} has to end in .png; only a PNG stores the settings too.")
     return value
 
 
@@ -83,12 +83,12 @@ def _png_name(ctx: click.Context, option: click.Parameter, value: str) -> str:
     "start",
     metavar="ADAPTER",
     type=FILE,
-    help="Go on from an adapter, of this or another tool, for more steps.",
+    help="Continue training from an adapter, of this or another tool.",
 )
 @click.option(
     "--embed-photo/--no-embed-photo",
     default=True,
-    help="Keep the photo in the file, or leave it out; then edits need --photo.",
+    help="Embed the photo's latents in the file, or leave them out; then edits need --photo.",
 )
 @seed_option
 @device_option
@@ -110,8 +110,8 @@ def fit_command(
 ) -> None:
     """Fit PHOTO and write an adapter file.
 
-    The file holds what the base has learned and, without --no-embed-photo, the photo itself in the base's
-    latents. Whoever has the file can redraw the photo.
+    The file holds the trained weights and, unless --no-embed-photo is given, the photo's latents. Anyone with
+    the file can reproduce the photo.
 
     \b
     Examples:
@@ -142,13 +142,13 @@ def fit_command(
         )
     with writing(output):
         adapter.save(output, overwrite=overwrite)
-    described = describe(output)
+    summary = describe(output)
     if as_json:
-        click.echo(json.dumps({**described, "notes": notes, "losses": adapter.history}))
+        click.echo(json.dumps({**summary, "notes": notes, "losses": adapter.history}))
         return
     print_notes(notes)
     click.echo(
-        f"{output}: {bytes_text(described['bytes'])}, fitted in {adapter.seconds:.1f} s as "
+        f"{output}: {bytes_text(summary['bytes'])}, fitted in {adapter.seconds:.1f} s as "
         f"{adapter.rare_tokens!r}, loss {adapter.history[0]:.4f} to {adapter.history[-1]:.4f}"
     )
 
@@ -164,10 +164,12 @@ def fit_command(
     default=1,
     show_default=True,
     metavar="N",
-    help="Number of images, from consecutive seeds; out.png becomes out-SEED.png for each.",
+    help="Number of images, with consecutive seeds; for more than one, out.png becomes out-SEED.png.",
 )
 @seed_option
-@click.option("--negative-prompt", default="", metavar="TEXT", help="What the image should not show.")
+@click.option(
+    "--negative-prompt", default="", metavar="TEXT", help="Negative prompt: what the image should not show."
+)
 @settings_options(EditSettings)
 @click.option(
     "--photo", metavar="PHOTO", type=FILE, help="The photo to start from, instead of the one in ADAPTER."
@@ -176,7 +178,7 @@ def fit_command(
     "--trigger",
     default="",
     metavar="WORDS",
-    help="The words that call the adapter's subject, if ADAPTER doesn't say them.",
+    help="Trigger words of the adapter, if ADAPTER doesn't store them.",
 )
 @base_option
 @device_option
@@ -197,12 +199,11 @@ def edit_command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Edit the photo of ADAPTER as PROMPT says.
+    """Edit the photo of ADAPTER according to PROMPT.
 
-    ADAPTER is a file that fit wrote, or hub://OWNER/NAME. PROMPT is the edit alone: the rare tokens that stand
-    for the photo are in the file. So are the defaults of the settings, as its recipe has them. Each PNG carries
-    all settings that made it. A LoRA of another tool (a file of kohya's or diffusers', or a folder of PEFT's)
-    needs --trigger and --base.
+    ADAPTER is a file that fit wrote, or hub://OWNER/NAME. PROMPT describes the edit alone: the rare tokens of
+    the photo are stored in the file, and so are the default settings. Each PNG stores all settings that it was
+    made with. A LoRA of another tool (a kohya or diffusers file, or a PEFT folder) needs --trigger and --base.
 
     \b
     Examples:
@@ -252,7 +253,7 @@ def edit_command(
 @device_option
 @json_option
 def doctor_command(device: str, as_json: bool) -> None:
-    """Say what this machine has, what works on it, and which recipes suit it.
+    """Report the hardware and libraries of this machine, and the recipes that fit it.
 
     \b
     Examples:
@@ -294,14 +295,14 @@ def demo_command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Fit the example photos, edit each, and lay all of it on one sheet.
+    """Fit the example photos, edit each, and write a contact sheet.
 
-    The folder holds the adapter files, the images, contact-sheet.png and summary.json: all of them, or none.
+    The folder receives the adapter files, the images, contact-sheet.png and summary.json: all of them, or none.
 
     \b
     Examples:
       lora-unitune demo
-      lora-unitune demo -o shown --seed 3 --overwrite
+      lora-unitune demo -o demo-3 --seed 3 --overwrite
     """
     with progress() as display:
         display.show("loading the base", 0, 1)
@@ -323,7 +324,7 @@ def demo_command(
 
 
 def _base_for(adapter: Adapter, base: str | None) -> str:
-    """Returns the base to edit with. A stranger's file may name any model: it is never downloaded unasked."""
+    """Returns the base to edit with. An untrusted file may name any model, so it is never downloaded by default."""
     if base or adapter.base == "pocket":
         return base or adapter.base
     raise BaseModelError(
@@ -332,7 +333,7 @@ def _base_for(adapter: Adapter, base: str | None) -> str:
 
 
 def _as_json(edit: Edit, path: Path) -> dict[str, Any]:
-    """Returns what --json prints of one edit."""
+    """Returns the entry of one edit in the output of --json."""
     return {
         "path": str(path),
         "size": list(edit.image.size),

@@ -1,4 +1,4 @@
-"""The demo: fits the example photos that ship with the package, edits them, and lays all of it on one sheet."""
+"""The demo: fits the example photos that ship with the package, edits them, and writes a contact sheet."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ else:  # pragma: no cover - Python 3.10
 EXAMPLES = Path(__file__).resolve().parent.parent / "pocket" / "examples"
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps of it are done, and how many there are."""
+"""Called with the current stage, its completed steps, and its total steps."""
 
-_PICTURE = 192  # pixels: the longer side of a picture on the contact sheet
+_PICTURE = 192  # pixels: the longer side of an image on the contact sheet
 _GAP = 16
 _TEXT_LINES = 3
 _TEXT_SIZE = 15
@@ -43,7 +43,7 @@ _LINE = 20
 
 @dataclass(frozen=True)
 class Example:
-    """A photo to fit, and what to make of it."""
+    """A photo to fit, and its edit prompts."""
 
     name: str
     photo: Path
@@ -53,14 +53,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """One photo's row on the contact sheet: a heading, and pictures with the text under each."""
+    """One photo's row on the contact sheet: a heading, and images with their captions."""
 
     heading: str
     pictures: tuple[tuple[Image.Image, str], ...]
 
 
 def read_examples(folder: Path = EXAMPLES) -> list[Example]:
-    """Reads edits.toml: a table for each photo beside it, with a description and a list of edit prompts."""
+    """Reads edits.toml: for each photo in its folder, a table with a description and a list of edit prompts."""
     tables = tomllib.loads((folder / "edits.toml").read_text(encoding="utf-8"))
     return [
         Example(name, folder / f"{name}.png", table["description"], tuple(table["edits"]))
@@ -82,21 +82,20 @@ def run_demo(
     """Fits and edits each example photo.
 
     Args:
-        folder: Where the adapter files, the pictures, contact-sheet.png and summary.json go.
+        folder: Output folder of the adapter files, the images, contact-sheet.png and summary.json.
         base: "pocket", a folder or a hub id.
-        overrides: Settings of the base's default recipe, such as "fit.steps=50".
-        seed: Seed of the fits and of every picture.
+        overrides: Changes of the base's default recipe, such as "fit.steps=50".
+        seed: Seed of the fits and of every image.
         device: "auto", "cpu", "cuda" or "mps".
         overwrite: Whether files in `folder` may be replaced.
         examples: Folder with edits.toml and its photos.
-        on_progress: Called at every step.
+        on_progress: Callback for every step.
 
     Returns:
-        What summary.json holds: seconds, bytes and settings.
+        The content of summary.json: seconds, bytes and settings, with the paths of the outputs.
 
     Raises:
-        UnituneError: Its kind says what can't be used, or that the folder can't be written. Then nothing is
-            written.
+        UnituneError: An argument is invalid, or the folder can't be written; then nothing is written.
     """
     recipe = default_recipe(base, detect_family(base)).override(overrides)
     show = on_progress or (lambda stage, done, total: None)
@@ -130,7 +129,7 @@ def run_demo(
 def _fit_example(
     example: Example, base: str, recipe: Recipe, seed: int, device: str, label: str, show: OnProgress
 ) -> Adapter:
-    """Fits one example, and shows each step."""
+    """Fits one example, and reports each step."""
 
     def on_step(step: int, steps: int, loss: float) -> None:
         show(f"fitting {label}, loss {loss:.4f}", step, steps)
@@ -142,7 +141,7 @@ def _fit_example(
 def _edit_example(
     example: Example, editor: Editor, adapter: Adapter, seed: int, folder: Path, label: str, show: OnProgress
 ) -> tuple[Row, dict[str, Any]]:
-    """Redraws and edits one example, saves the pictures, and returns its row of sheet and summary."""
+    """Reconstructs and edits one example, saves the images, and returns its row and its summary entry."""
     photo = frame(load_photo(example.photo), adapter.size).image
     total = 1 + len(example.edits)
     show(f"redrawing {label}", 0, total)
@@ -178,7 +177,7 @@ def _save_edit(edit: Edit, prompt: str, folder: Path, name: str) -> dict[str, An
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """Lays rows of pictures of any shape on one white RGB sheet, each with its text under it."""
+    """Returns a white RGB sheet with rows of images of any shape, each with its caption below."""
     columns = max(len(row.pictures) for row in rows)
     row_height = _LINE + _GAP // 2 + _PICTURE + _TEXT_LINES * _LINE + _GAP
     size = (_GAP + columns * (_PICTURE + _GAP), _GAP + len(rows) * row_height)
@@ -199,7 +198,7 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
 
 
 def _wrap(text: str, font: Any) -> list[str]:
-    """Breaks a text into lines as wide as a picture; what needs more than the sheet's lines ends in "..."."""
+    """Wraps a caption to the width of an image; longer ones are truncated with "..."."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -214,7 +213,7 @@ def _wrap(text: str, font: Any) -> list[str]:
 
 @contextmanager
 def _finished_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Makes a hidden folder inside `folder` to write to; its files move up if all goes well, else it is deleted.
+    """Makes a hidden folder inside `folder` to write to; its files are moved up on success, and deleted on failure.
 
     Raises:
         OutputError: The folder holds files and may not be overwritten, or can't be written.
@@ -223,7 +222,7 @@ def _finished_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise OutputError(f"{folder} isn't a folder; give a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise OutputError(
-            f"{folder} holds files already; choose another folder, or pass overwrite=True to replace them"
+            f"{folder} isn't empty; choose another folder, or pass overwrite=True to replace them"
         )
     is_new = not folder.exists()
     unfinished: Path | None = None

@@ -1,4 +1,4 @@
-"""What this machine has, and which recipe suits it."""
+"""Hardware and libraries of this machine, and the recipes that fit it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lora_unitune.recipe import available_recipes
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
 _CARD = re.compile(r"(\d+)gb")
 _OWN_USE = 1
-"""GB of a card's memory that its driver and its screen may take: a card of 12 GB has 11.x to give."""
+"""GB of a GPU's memory that its driver and a display may take: a GPU of 12 GB has 11.x available."""
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
-    """Returns what a fit on this machine can count on, as values that JSON can hold.
+    """Returns the resources of this machine for a fit, as JSON-serializable values.
 
     Args:
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        DeviceError: It isn't there.
+        DeviceError: The device isn't available.
     """
     target = resolve_device(device)
     free, total = _memory(target)
@@ -61,12 +61,12 @@ def examine(device: str = "auto") -> dict[str, Any]:
 
 
 def _memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Returns the free and all bytes of a GPU's memory, or of the system's."""
+    """Returns the free and total bytes of a GPU's memory, or of the system's; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    known = Path("/proc/meminfo")
-    if known.exists():
-        rows = dict(line.split(":", 1) for line in known.read_text().splitlines())
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(rows["MemAvailable"].split()[0]) * 1024, int(rows["MemTotal"].split()[0]) * 1024
     names = getattr(os, "sysconf_names", {})
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
@@ -74,9 +74,9 @@ def _memory(device: torch.device) -> tuple[int | None, int | None]:
 
 
 def recipes_for(free: int | None) -> dict[str, str | None]:
-    """Returns a recipe for each kind of base that recipes ship for, None where every one needs more memory.
+    """Returns the largest recipe that fits for each kind of base; None if every one needs more memory.
 
-    A recipe named KIND/12gb is for a card of 12 GB; of those that fit, it is the largest.
+    A recipe named KIND/12gb is for a GPU of 12 GB.
 
     Args:
         free: Free bytes of a GPU's memory; None takes each kind's default, for a machine without a GPU.
@@ -95,7 +95,7 @@ def recipes_for(free: int | None) -> dict[str, str | None]:
 
 
 def _notes(device: torch.device, free: int | None, recipes: dict[str, str | None]) -> list[str]:
-    """Returns what to know about the recipes and the memory, one sentence each."""
+    """Returns notes on the recipes and the memory, one sentence each."""
     if device.type != "cuda":
         return ["without a CUDA GPU, only a fit of pocket takes seconds; of larger bases, minutes to hours"]
     notes = []

@@ -1,4 +1,4 @@
-"""The commands that work on adapter files."""
+"""The commands for adapter files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 @adapter_argument
 @json_option
 def inspect_command(adapter: str, as_json: bool) -> None:
-    """Say what is in ADAPTER, without its base model.
+    """Describe ADAPTER, without loading its base model.
 
-    ADAPTER is a file, a folder of PEFT's, or hub://OWNER/NAME.
+    ADAPTER is a file, a PEFT folder, or hub://OWNER/NAME.
 
     \b
     Examples:
@@ -38,12 +38,12 @@ def inspect_command(adapter: str, as_json: bool) -> None:
     """
     from lora_unitune import Recipe, describe
 
-    described = describe(adapter)
+    summary = describe(adapter)
     if as_json:
-        click.echo(json.dumps(described))
+        click.echo(json.dumps(summary))
         return
-    recipe = Recipe.from_dict(described.pop("recipe"))
-    for name, value in described.items():
+    recipe = Recipe.from_dict(summary.pop("recipe"))
+    for name, value in summary.items():
         text = size_text(value) if name == "size" else shown(value)
         click.echo(f"{name.replace('_', ' '):<16}{text}")
     click.echo("recipe")
@@ -58,13 +58,13 @@ def inspect_command(adapter: str, as_json: bool) -> None:
     "layout",
     required=True,
     type=click.Choice(["diffusers", "kohya", "peft"]),
-    help="kohya for ComfyUI and A1111; diffusers is what fit writes; peft makes a folder.",
+    help="kohya is for ComfyUI and A1111; diffusers is the layout that fit writes; peft writes a folder.",
 )
 @output_option("PATH", "The file to write; for peft, the folder.")
 @overwrite_option
 @json_option
 def convert_command(adapter: str, layout: Layout, output: str, overwrite: bool, as_json: bool) -> None:
-    """Write ADAPTER in another tool's layout; nothing of it is lost.
+    """Convert ADAPTER to another tool's layout, without loss.
 
     \b
     Examples:
@@ -87,7 +87,7 @@ def convert_command(adapter: str, layout: Layout, output: str, overwrite: bool, 
 def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, as_json: bool) -> None:
     """Write ADAPTER without the photo, date, seed and settings of its fit.
 
-    An edit needs none of them but the photo. The weights can redraw that all the same: they were fitted for it.
+    Of these an edit needs only the photo. The weights can still reproduce the photo that they were fitted on.
 
     \b
     Examples:
@@ -110,11 +110,11 @@ def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, 
     "--keep",
     type=Share(0, 1, min_open=True),
     metavar="X",
-    help="Share of the importance of all ranks to keep, such as 0.99.",
+    help="Share of the total importance of all ranks to keep, such as 0.99.",
 )
-@click.option("--to-bytes", type=click.IntRange(1), metavar="N", help="Bytes that the tensors may take.")
+@click.option("--to-bytes", type=click.IntRange(1), metavar="N", help="Maximum size of the tensors in bytes.")
 @click.option(
-    "--eight-bit", is_flag=True, help="Store each number in 8 bits; only lora-unitune reads such a file."
+    "--eight-bit", is_flag=True, help="Store the matrices in 8 bits; only lora-unitune reads such a file."
 )
 @base_option
 @overwrite_option
@@ -129,10 +129,11 @@ def compress_command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write ADAPTER with fewer ranks: those that matter least for their bytes go first.
+    """Compress ADAPTER by removing the ranks with the least importance per byte.
 
-    With its base (pocket, or --base), a rank's importance is its effect on the base's predictions of the photo,
-    and the command says how much of the whole effect is lost. Without, it is the rank's size.
+    With its base (pocket, or --base), a rank's importance is its squared effect on the base's predictions of
+    the photo, and the command prints how much of the adapter's effect is lost. Without a base, it is the squared
+    singular value.
 
     \b
     Examples:
@@ -186,7 +187,7 @@ def compress_command(
     type=FILE,
     help="A sample image to show in the card; may be repeated once.",
 )
-@click.option("--private", is_flag=True, help="Let only you see the repository, if this creates it.")
+@click.option("--private", is_flag=True, help="Make the repository private, if this creates it.")
 @click.option("--dry-run", is_flag=True, help="Show everything that would be sent, and send nothing.")
 @json_option
 def push_command(
@@ -198,9 +199,9 @@ def push_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Upload ADAPTER with a model card to the hub, as you are logged in there.
+    """Upload ADAPTER with a model card to the Hugging Face hub, with your stored login.
 
-    Whoever has the file can redraw its photo; strip leaves out what an edit doesn't need. Others edit with
+    Anyone with the file can reproduce its photo; strip removes what an edit doesn't need. Others edit with
     hub://OWNER/NAME in place of a file.
 
     \b

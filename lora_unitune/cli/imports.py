@@ -1,10 +1,10 @@
-"""Imports that wait: a command loads the libraries without what they load for others and it never uses.
+"""Deferred imports: a command imports the libraries without the optional packages that it never uses.
 
-Importing the models, PEFT and accelerate takes several seconds, more than half of them for a compiler, for
-distributed training, for statistics and for 8-bit layers that an edit never touches. `load_libraries` puts
-these off. While it runs, modules of the packages in `UNUSED` are stand-ins; afterwards none is left in
-`sys.modules`, and a name that a library took from one loads the real package when it is first used. Only
-commands do this, whose process nobody else shares: whoever imports lora_unitune gets the libraries as ever.
+Importing the models, PEFT and accelerate takes several seconds, more than half of them for a compiler,
+distributed training, statistics and 8-bit layers that an edit never uses. `load_libraries` defers these.
+While it runs, modules of the packages in `UNUSED` are stand-ins; afterwards none is left in `sys.modules`, and
+a name that a library imported from one loads the real package when it is first used. Only the command line
+does this, in its own process: importing lora_unitune leaves the libraries unchanged.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ UNUSED = (
     "transformers.distributed.expert_parallel",
     "transformers.distributed.tensor_parallel",
 )
-"""The packages put off. Those of torch are all that import one another, so that torch itself never holds a
-stand-in, and the two of transformers call what they import at once."""
+"""The deferred packages. Those of torch include all that import one another, so that torch itself never holds a
+stand-in; the two of transformers use what they import immediately."""
 
 LIBRARIES = (*families.LIBRARIES, "diffusers.schedulers.scheduling_ddim", "peft.tuners.lora", "accelerate")
 
 
 def load_libraries() -> None:
     """Imports the libraries that a fit and an edit use, and nothing of `UNUSED`."""
-    import torch  # noqa: F401  # whole, before parts of it are put off
+    import torch  # noqa: F401  # completely, before parts of it are deferred
 
     with deferring(UNUSED):
         for name in LIBRARIES:
-            # what can't be imported so is imported plainly, and told of, where it is used
+            # a failing import is repeated, and its error reported, where the module is used
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
         with contextlib.suppress(Exception):
             from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-            _ = DDIMScheduler().compatibles  # a sampler that is loaded imports all its relatives
+            _ = DDIMScheduler().compatibles  # loading a scheduler imports all compatible ones
 
 
 @contextlib.contextmanager
 def deferring(packages: Sequence[str]) -> Iterator[None]:
-    """Inside the `with` block, packages that aren't loaded yet are imported as stand-ins.
+    """Inside the `with` block, packages that aren't imported yet are imported as stand-ins.
 
     Args:
-        packages: by dotted name; one that isn't installed stays so.
+        packages: Dotted names of the packages; those that aren't installed are skipped.
     """
     wanted = [name for name in packages if name not in sys.modules and _is_installed(name)]
     finder = _Finder(wanted)
@@ -80,7 +80,7 @@ def _is_installed(name: str) -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds stand-ins for the packages it holds back."""
+    """Finds stand-ins for the deferred packages."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self._held = list(packages)
@@ -93,18 +93,18 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _StandIn(spec.name, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs nothing."""
+        """Does nothing: a stand-in has no code."""
 
     def real(self, module: str, name: str) -> Any:
-        """Returns a name of the real module; nothing is put off any longer then."""
+        """Returns an attribute of the real module; from then on nothing is deferred."""
         self.release()
         return getattr(importlib.import_module(module), name)
 
     def release(self) -> None:
-        """Takes all stand-ins out of `sys.modules`, so that the next import of each is a real one.
+        """Removes all stand-ins from `sys.modules`, so that the next import of each is a real one.
 
-        One stays an attribute of the package above until then, as its module would, unless that package
-        imports by itself what is asked of it.
+        Until then each stays an attribute of its parent package, as its module would, unless that package
+        imports its attributes lazily.
         """
         self._held.clear()
         for name, module in list(sys.modules.items()):
@@ -117,12 +117,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _is_loaded(module: str) -> bool:
-    found = sys.modules.get(module)
-    return found is not None and not isinstance(found, _StandIn)
+    loaded = sys.modules.get(module)
+    return loaded is not None and not isinstance(loaded, _StandIn)
 
 
 class _StandIn(ModuleType):
-    """A module that gives names of the real one; it runs only when one of them is used."""
+    """A placeholder for a module; the real one is imported when one of its attributes is used."""
 
     def __init__(self, name: str, finder: _Finder) -> None:
         super().__init__(name)
@@ -131,14 +131,14 @@ class _StandIn(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
-            raise AttributeError(f"module '{self.__name__}' is put off and has no '{name}' yet")
+            raise AttributeError(f"module '{self.__name__}' is deferred and has no '{name}' yet")
         if _is_loaded(self.__name__):
             return getattr(sys.modules[self.__name__], name)
         return _Name(self._finder, self.__name__, name)
 
 
 class _Name:
-    """A function, class or module of a package that is put off."""
+    """A placeholder for a function, class or module of a deferred package."""
 
     def __init__(self, finder: _Finder, module: str, name: str) -> None:
         self._finder, self._module, self._name = finder, module, name
@@ -146,8 +146,8 @@ class _Name:
     def _real(self) -> Any:
         return self._finder.real(self._module, self._name)
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return self._real()(*given, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -158,23 +158,23 @@ class _Name:
         return (self._real(),)
 
     def __instancecheck__(self, thing: object) -> bool:
-        """Says whether a thing is of this class: none is before its module is loaded."""
+        """Returns whether an object is of this class: none is before its module is imported."""
         return _is_loaded(self._module) and isinstance(thing, self._real())
 
     def __subclasscheck__(self, kind: type[Any]) -> bool:
         return _is_loaded(self._module) and issubclass(kind, self._real())
 
     def __or__(self, other: Any) -> Any:
-        """Stands for `X | None` in a type hint."""
+        """Supports `X | None` in a type hint."""
         return self
 
     __ror__ = __or__
 
 
-def _disable(fn: Any = None, *given: Any, **named: Any) -> Any:
-    """Does what `torch._dynamo.disable` does, as soon as there is a compiler to be kept away."""
+def _disable(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Acts as `torch._dynamo.disable` once the compiler is imported; before, there is nothing to disable."""
     if fn is None:
-        return lambda fn: _disable(fn, *given, **named)
+        return lambda fn: _disable(fn, *args, **kwargs)
     shielded: list[Any] = []
 
     @functools.wraps(fn)
@@ -183,14 +183,14 @@ def _disable(fn: Any = None, *given: Any, **named: Any) -> Any:
         if disable is _disable:
             return fn(*inputs, **options)
         if not shielded:
-            shielded.append(disable(fn, *given, **named))
+            shielded.append(disable(fn, *args, **kwargs))
         return shielded[0](*inputs, **options)
 
     return call
 
 
 def _assume_constant_result(fn: Any) -> Any:
-    fn._dynamo_marked_constant = True  # all that torch's own does
+    fn._dynamo_marked_constant = True  # as torch's implementation does
     return fn
 
 
@@ -198,7 +198,7 @@ _DECORATORS: dict[str, dict[str, Any]] = {
     "torch._dynamo": {
         "disable": _disable,
         "assume_constant_result": _assume_constant_result,
-        "allow_in_graph": lambda thing: thing,  # diffusers' own answer where there is no compiler
+        "allow_in_graph": lambda thing: thing,  # as diffusers does without a compiler
     }
 }
-"""What libraries call while they are imported, by module."""
+"""Functions that libraries call during their import, by module."""

@@ -1,4 +1,4 @@
-"""The library's messages, which name arguments of Python, in the words of the command line."""
+"""Translation of the library's messages, which name Python arguments, to command-line options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MENTION = re.compile(
     r"(?<![\w./=\'\"-])(?P<name>[a-z]\w*(?:\.\w+){0,2})"
     r"(?: ?= ?(?P<value>'[^']*'|\"[^\"]*\"|[^\s;,)]*[^\s;,).]))?(?![\w/])"
 )
-"""What may be an argument or a setting, with or without its value: "edit.strength = 2", "overwrite=True"."""
+"""A possible argument or setting, with or without its value: "edit.strength = 2", "overwrite=True"."""
 
 
 def in_options(message: str, command: click.Command, values: Mapping[str, Any]) -> str:
@@ -29,8 +29,8 @@ def in_options(message: str, command: click.Command, values: Mapping[str, Any]) 
 
     Args:
         message: The library's message.
-        command: The command that was used.
-        values: The values of its parameters, by their names; what a user typed isn't translated.
+        command: The command that was run.
+        values: The values of its parameters, by name; text that the user typed isn't translated.
     """
     if message.startswith(f"recipe {values.get('recipe')}: ") or "the recipe in its header" in message:
         return message
@@ -55,7 +55,7 @@ def in_options(message: str, command: click.Command, values: Mapping[str, Any]) 
 
 
 def _options_of(command: click.Command) -> dict[str, click.Option]:
-    """Returns a command's options by the names that the library has for them."""
+    """Returns a command's options by their names in the library."""
     options = {option.name: option for option in command.params if isinstance(option, click.Option)}
     settings = {each.setting: each for each in options.values() if isinstance(each, SettingOption)}
     return {str(name): option for name, option in {**options, **settings}.items()}
@@ -68,7 +68,7 @@ def _is_setting(name: str) -> bool:
 
 
 def _written(option: click.Option, value: str | None) -> str:
-    """Writes an option with a value as a person types it."""
+    """Returns an option with a value as typed on the command line."""
     name = max(option.opts, key=len)
     if option.is_flag:
         return option.secondary_opts[0] if value == "False" and option.secondary_opts else name

@@ -1,4 +1,4 @@
-"""Options that several commands share, and those made from a recipe's fields."""
+"""Options shared by several commands, and options generated from a recipe's fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Place(click.Path):
-    """A path that a shell completes; whether it can be used, the library says."""
+    """A path with shell completion; the library validates it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value
@@ -28,7 +28,7 @@ FOLDER = Place(file_okay=False)
 
 
 class Share(click.FloatRange):
-    """A number in a range, which "nan" isn't."""
+    """A float in a range; NaN is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
@@ -52,7 +52,7 @@ class SettingOption(click.Option):
 def settings_options(kind: type[Section], names: Iterable[str] = ()) -> Callable[[F], F]:
     """Returns a decorator that adds an option for each field of a section: its type, its range and its help.
 
-    An option that isn't used is None: the default is that of the recipe.
+    An unused option is None: the recipe's value is the default.
 
     Args:
         kind: The section's class.
@@ -86,7 +86,7 @@ def _setting_option(kind: type[Section], setting: dataclasses.Field[Any]) -> Cal
 
 
 def _type_of(hint: Any, metadata: Any) -> click.ParamType[Any]:
-    """Returns the type of an option that allows what a field allows."""
+    """Returns the option type that accepts the same values as a field."""
     if get_origin(hint) is Literal:
         return click.Choice(get_args(hint))
     if hint in (int, float):
@@ -96,12 +96,12 @@ def _type_of(hint: Any, metadata: Any) -> click.ParamType[Any]:
 
 
 def _complete_base(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Completes the name of a base: a folder, or the one that ships."""
+    """Completes the name of a base: a folder, or the bundled one."""
     return [CompletionItem(incomplete, type="dir"), *_beginning(["pocket"], incomplete)]
 
 
 def _complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Completes the name of a recipe: a file, or one that ships."""
+    """Completes the name of a recipe: a file, or a bundled one."""
     return [CompletionItem(incomplete, type="file"), *_beginning(available_recipes(), incomplete)]
 
 
@@ -129,7 +129,7 @@ recipe_option = click.option(
     "--recipe",
     metavar="NAME|FILE",
     shell_complete=_complete_recipe,
-    help="A recipe that ships, or a TOML file; each base has a default.",
+    help="Name of a bundled recipe, or a TOML file; each base has a default.",
 )
 set_option = click.option(
     "--set",
@@ -144,16 +144,16 @@ seed_option = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Seed of all noise.",
+    help="Random seed.",
 )
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     default="auto",
     show_default=True,
-    help="Where to compute; auto takes a GPU if there is one.",
+    help="Device to run on; auto takes a GPU if one is available.",
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
 )
@@ -161,7 +161,7 @@ adapter_argument = click.argument("adapter", metavar="ADAPTER", type=FILE)
 
 
 def output_option(metavar: str, help: str, **more: Any) -> Callable[[F], F]:
-    """Returns the decorator that adds -o: Path of the file or the folder to write."""
+    """Returns the decorator that adds -o, the path of the file or the folder to write."""
     settings = {"required": True, "type": FILE, **more}
     add: Callable[[F], F] = click.option("-o", "--output", metavar=metavar, help=help, **settings)
     return add

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, what Ctrl-C leaves, progress, and values for a person to read."""
+"""Shared by the commands: one-line errors, interruption by Ctrl-C, progress, and human-readable values."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _WRITTEN = "lora_unitune.written"
-"""In the context's `meta`: what the command has written so far."""
+"""Key in the context's `meta`: the paths written so far."""
 _MOST_NAMED = 4
-"""Of more files than this, Ctrl-C's message names the first and the last."""
+"""For more files than this, the message after Ctrl-C names only the first and the last."""
 
 
 class Failed(click.ClickException):
-    """The end of a command that couldn't do its work: one line on standard error, and the exit code."""
+    """Failure of a command: one line on standard error, and the exit code."""
 
     exit_code = 1
 
@@ -38,13 +38,13 @@ class Failed(click.ClickException):
 
 
 class WrongUse(Failed):
-    """The end of a command that was typed wrong."""
+    """Wrong usage of a command."""
 
     exit_code = 2
 
 
 class Stopped(Failed):
-    """The end of a command by Ctrl-C."""
+    """Interruption of a command by Ctrl-C."""
 
     exit_code = 130
 
@@ -60,11 +60,11 @@ class Command(click.Command):
 
 
 command = partial(click.command, cls=Command)
-"""The decorator of a command."""
+"""Decorator that makes a command."""
 
 
 class Commands(click.Group):
-    """All commands. What can go wrong is one line on standard error: wrong use, an error, or Ctrl-C."""
+    """The group of all commands; wrong usage, errors and Ctrl-C are reported as one line on standard error."""
 
     command_class = Command
 
@@ -74,9 +74,11 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         if not sys.warnoptions:
-            warnings.simplefilter("ignore")  # the libraries' notes to developers
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for a CPU that it lacks
-        gc.set_threshold(10_000)  # importing makes objects that stay: looking for garbage took a fifth of it
+            warnings.simplefilter("ignore")  # warnings meant for developers
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about missing CPU kernels
+        gc.set_threshold(
+            10_000
+        )  # imports create long-lived objects: garbage collection took a fifth of their time
         with _one_line():
             try:
                 return super().invoke(ctx)
@@ -86,7 +88,7 @@ class Commands(click.Group):
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turns wrong use of the command line into one line; no command at all still shows the help."""
+    """Reports wrong usage as one line; without any command the help is shown."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -98,10 +100,10 @@ def _one_line() -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Notes a file or a folder as written, unless writing it fails. Ctrl-C waits until it is there, whole.
+    """Records a file or a folder as written, unless writing fails; Ctrl-C is delayed until it is complete.
 
     Args:
-        path: Path that Ctrl-C's message names.
+        path: Path to name in the message after Ctrl-C.
     """
     with uninterrupted():
         yield
@@ -112,7 +114,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C wait until the block is done."""
+    """Delays Ctrl-C until the end of the block."""
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
     if not is_main or before is not signal.default_int_handler:
@@ -129,7 +131,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _what_is_written(ctx: click.Context) -> str:
-    """Returns the end of Ctrl-C's message."""
+    """Returns the end of the message after Ctrl-C: the files written."""
     written: list[str] = ctx.meta.get(_WRITTEN, [])
     if not written:
         return "nothing was written"
@@ -141,18 +143,18 @@ def _what_is_written(ctx: click.Context) -> str:
 
 
 class Display:
-    """Shows how far a command is, and its lines."""
+    """The progress display of a command."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task, self._stage = bar, task, ""
 
     def show(self, description: str, done: int, total: int) -> None:
-        """Shows what is being done, how many steps of it are done, and how many there are.
+        """Shows the progress of a stage.
 
         Args:
-            description: What is being done; what follows a comma may change from step to step.
-            done: Steps that are done.
-            total: All steps.
+            description: Name of the stage; text after a comma may change from step to step.
+            done: Completed steps.
+            total: Total steps.
         """
         begins = description.partition(",")[0] != self._stage
         self._stage = description.partition(",")[0]
@@ -164,7 +166,7 @@ class Display:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Takes the bar away while lines are printed."""
+        """Hides the bar while lines are printed."""
         self._bar.stop()
         try:
             yield
@@ -174,7 +176,7 @@ class Display:
 
 @contextmanager
 def progress() -> Iterator[Display]:
-    """Shows a bar on standard error; where that isn't a terminal, a line whenever something else begins."""
+    """Shows a bar on standard error; if that isn't a terminal, a line for each new stage."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -207,7 +209,7 @@ def size_text(size: Sequence[int] | None) -> str:
 
 
 def shown(value: Any) -> str:
-    """Writes a value for a person: "adamw 8, sgd 4" rather than a dictionary."""
+    """Returns a human-readable value: "adamw 8, sgd 4" rather than a dictionary."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {shown(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):

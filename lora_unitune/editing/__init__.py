@@ -1,1 +1,1 @@
-"""The edit: base, adapter and words -> images."""
+"""Editing: base, adapter and prompt -> images."""

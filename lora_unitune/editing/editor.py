@@ -1,4 +1,4 @@
-"""The edit: base + adapter + words -> images (UniTune, arXiv 2210.09477, section 3)."""
+"""Editing: base + adapter + prompt -> images (UniTune, arXiv 2210.09477, section 3)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.settings import EditSettings, PhotoSettings, make_section
 
 _LARGEST_SEED = 2**63 - 1
-_CPU_BATCH_PIXELS = 2**18  # of all images that a CPU samples at a time
+_CPU_BATCH_PIXELS = 2**18  # maximum number of pixels in a batch on a CPU
 
 Source = str | Path | Image.Image
 
@@ -35,21 +35,21 @@ Source = str | Path | Image.Image
 class Editor:
     """Keeps a base in memory and edits photos with one adapter after another.
 
-    Adapters are hot-swapped in place. While an Editor has a base, leave that base alone; `release`, or leaving
-    the `with` block of `with Editor(...) as editor`, restores it bit for bit.
+    Adapters are hot-swapped in place. While an Editor uses a base, nothing else may modify that base; `release`,
+    or leaving the `with` block of `with Editor(...) as editor`, restores it bit for bit.
     """
 
     def __init__(self, base: str | Base = "pocket", device: str = "auto", cache: int = 2**28) -> None:
-        """Loads the base, unless it is loaded already.
+        """Loads the base, unless it is passed in memory.
 
         Args:
             base: "pocket", a folder, a hub id, or a base in memory.
-            device: Where a base given by name goes: "auto", "cpu", "cuda" or "mps".
-            cache: Bytes of the adapters that `open` may keep in memory.
+            device: Device of a base that is loaded by name: "auto", "cpu", "cuda" or "mps".
+            cache: Bytes of adapters that `open` may cache in memory.
 
         Raises:
-            BaseModelError: The base is unknown, broken, or of a kind that isn't supported.
-            DeviceError: The device isn't there.
+            BaseModelError: The base is unknown, broken, or of a family that isn't supported.
+            DeviceError: The device isn't available.
         """
         self.open = AdapterCache(cache).open
         self.base: Base = load_base(base, device) if isinstance(base, str) else base
@@ -71,23 +71,23 @@ class Editor:
         seed: int = 0,
         **settings: Any,
     ) -> Edit:
-        """Edits the adapter's photo with words.
+        """Edits the adapter's photo according to a prompt.
 
         Args:
-            adapter: The photo's; None draws with the plain base, without rare tokens.
-            prompt: What the photo should become; the rare tokens are put before it.
-            negative_prompt: What guidance moves away from, instead of the empty prompt.
+            adapter: Adapter of the photo; None samples from the plain base, without rare tokens.
+            prompt: Description of the edited image; the rare tokens are prepended.
+            negative_prompt: Prompt of the unconditional prediction of guidance, instead of the empty prompt.
             photo: The photo to start from, instead of the one in the adapter file.
             seed: Seed of the noise.
-            **settings: Fields of `settings.EditSettings`, such as guidance=4 or strength=0.8; those that aren't
-                given are the adapter's recipe's.
+            **settings: Fields of `settings.EditSettings`, such as guidance=4 or strength=0.8; the
+                others default to the adapter's recipe.
 
         Raises:
             PromptError: The prompt is empty.
             SettingError: A setting is unknown or out of its range, or there is no photo to start from.
             AdapterFileError: The adapter was made for another base, or has the wrong tensors.
             PhotoError: The photo can't be read.
-            DeviceError: The device's memory doesn't suffice.
+            DeviceError: The device runs out of memory.
         """
         return next(
             self.edits(adapter, prompt, [seed], negative_prompt=negative_prompt, photo=photo, **settings)
@@ -103,14 +103,14 @@ class Editor:
         batch_size: int = 8,
         **settings: Any,
     ) -> list[Edit]:
-        """Makes several edits that differ in their noise.
+        """Samples several edits with different noise.
 
         Args:
             adapter: As for `edit`.
             prompt: As for `edit`.
-            count: How many; their seeds are `seed`, `seed` + 1, and so on.
-            seed: Seed of the first.
-            batch_size: How many are sampled at a time at most, as for `edits`.
+            count: Number of edits; their seeds are `seed`, `seed` + 1, and so on.
+            seed: Seed of the first edit.
+            batch_size: Maximum batch size, as for `edits`.
             **settings: The other arguments of `edit`.
 
         Raises:
@@ -133,17 +133,17 @@ class Editor:
         batch_size: int = 1,
         **settings: Any,
     ) -> Iterator[Edit]:
-        """Makes an edit for each seed, and yields each as soon as it is there.
+        """Yields an edit for each seed, each as soon as it is sampled.
 
         Args:
             adapter: As for `edit`.
             prompt: As for `edit`.
-            seeds: Of the noise of each.
+            seeds: Seeds of the noise, one for each edit.
             negative_prompt: As for `edit`.
             photo: As for `edit`.
-            batch_size: How many are sampled at a time at most: a batch is faster than one by one, and may
-                differ from it by one level of 255 in a few values. Fewer where memory doesn't suffice, and on a
-                CPU for larger images, where a batch gains nothing.
+            batch_size: Maximum batch size. Batches are faster than single samples, and may differ from them by
+                one level of 255 in a few values. Reduced when memory runs out, and on a CPU for larger images,
+                for which batching isn't faster.
             **settings: As for `edit`.
 
         Raises:
@@ -156,56 +156,58 @@ class Editor:
     def reconstruct(
         self, adapter: Adapter, *, seed: int = 0, steps: int | None = None, adapter_scale: float = 1.0
     ) -> Edit:
-        """Draws the photo again from noise and the rare tokens alone, without guidance: what the fit learned.
+        """Samples the photo from noise and the rare tokens alone, without guidance, to show what the fit learned.
 
         Args:
-            adapter: The photo's.
+            adapter: Adapter of the photo.
             seed: Seed of the noise.
             steps: Sampling steps.
-            adapter_scale: How much of the adapter is used, whatever the recipe sets for edits.
+            adapter_scale: Scale of the adapter, independent of the recipe's.
 
         Raises:
             UnituneError: As for `edit`.
         """
-        given = {"steps": steps, "adapter_scale": adapter_scale, "guidance": 1.0, "strength": 1.0}
-        return next(self._run(adapter, "", "", None, [seed], given))
+        settings = {"steps": steps, "adapter_scale": adapter_scale, "guidance": 1.0, "strength": 1.0}
+        return next(self._run(adapter, "", "", None, [seed], settings))
 
     def repeat(self, adapter: Adapter | None, settings: dict[str, Any], photo: Source | None = None) -> Edit:
-        """Makes an edit again.
+        """Repeats an edit exactly.
 
         Args:
-            adapter: The one that the edit was made with.
-            settings: The edit's, as `Edit.settings` or `read_settings` has them.
-            photo: The photo that the edit started from, if it wasn't the one in the adapter file.
+            adapter: Adapter that the edit was made with.
+            settings: Settings of the edit, from `Edit.settings` or `read_settings`.
+            photo: Photo that the edit started from, if it wasn't the one in the adapter file.
 
         Raises:
             SettingError: A setting is missing or wrong, or the edit was made with another base or adapter.
             UnituneError: As for `edit`.
         """
         names = [field.name for field in dataclasses.fields(EditSettings)]
-        settings = {"residual": False, **settings}  # edits of before there was one
+        settings = {"residual": False, **settings}  # edits made before this setting existed
         needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
         missing = [name for name in needed if name not in settings]
         if missing:
-            raise SettingError(f"the settings lack {', '.join(missing)}; take them whole from an edit")
+            raise SettingError(
+                f"the settings lack {', '.join(missing)}; use the complete settings of an edit"
+            )
         ours = (self.base.fingerprint, adapter.digest if adapter else None)
         if (settings["fingerprint"], settings["adapter"]) != ours:
             raise SettingError("the edit was made with another base or adapter; repeat it with the same ones")
         if settings["photo"] == "given" and photo is None:
             raise SettingError("the edit started from a photo that was given with it; give that photo again")
-        given = {name: settings[name] for name in names}
+        chosen = {name: settings[name] for name in names}
         prompt, negative_prompt, seed = (settings[name] for name in ("prompt", "negative_prompt", "seed"))
-        return next(self._run(adapter, prompt, negative_prompt, photo, [seed], given))
+        return next(self._run(adapter, prompt, negative_prompt, photo, [seed], chosen))
 
     @torch.no_grad()
     def photo_round_trip(self, adapter: Adapter) -> Image.Image:
-        """Decodes the photo in an adapter: what the base's autoencoder makes of it, the best an edit can keep.
+        """Decodes the photo's latents in an adapter: the autoencoder's reconstruction, an upper bound for edits.
 
         Args:
-            adapter: One that holds its photo.
+            adapter: An adapter with its photo's latents.
 
         Raises:
-            SettingError: The adapter has no photo in it.
+            SettingError: The adapter doesn't hold its photo.
             AdapterFileError: The adapter was made for another base.
         """
         check_fits(adapter, self.base)
@@ -228,19 +230,19 @@ class Editor:
         settings: EditSettings,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Samples images together, with nothing added to the prompts and no default filled in.
+        """Samples a batch of images from complete prompts and settings.
 
         Args:
-            adapter: None is the plain base.
-            texts: The whole prompts, rare tokens included.
-            negative_prompt: Of the other branch of guidance.
-            photo: x0 to start from, (1, c, h, w); None when strength is 1.
-            seeds: Of the noise, one for each text.
-            settings: How to sample.
-            size: (width, height) in pixels; None takes the adapter's, else the base's own.
+            adapter: The adapter; None for the plain base.
+            texts: Complete prompts, including rare tokens.
+            negative_prompt: Prompt of the unconditional prediction of guidance.
+            photo: x0 to start from, (1, c, h, w); None if strength is 1.
+            seeds: Seeds of the noise, one for each prompt.
+            settings: Sampling settings.
+            size: (width, height) in pixels; None takes the adapter's, or else the base's own.
 
         Returns:
-            (texts, 3, height, width) float32 in [0, 1].
+            Images (len(texts), 3, height, width) float32 in [0, 1].
         """
         self._mount.use(adapter, settings.adapter_scale)
         once: dict[str, Condition] = {text: self.base.condition(text) for text in dict.fromkeys(texts)}
@@ -261,18 +263,18 @@ class Editor:
         negative_prompt: str,
         photo: Source | None,
         seeds: Sequence[int],
-        given: dict[str, Any],
+        chosen: dict[str, Any],
         batch_size: int = 1,
     ) -> Iterator[Edit]:
-        """Checks the settings, samples batch after batch, and puts the edits together."""
+        """Checks the settings, samples in batches, and yields the edits."""
         started = time.perf_counter()
         if adapter is not None:
             check_fits(adapter, self.base)
             if not adapter.rare_tokens:
                 raise PromptError(
-                    "the adapter doesn't say its rare tokens; open it with trigger='WORDS', which call its subject"
+                    "the adapter doesn't store rare tokens; open it with trigger='WORDS', which stand for its subject"
                 )
-        settings = self._settings(adapter, photo is not None, given)
+        settings = self._settings(adapter, photo is not None, chosen)
         for seed in seeds:
             _check_seed(seed)
         text = " ".join(part for part in (adapter.rare_tokens if adapter else "", prompt) if part)
@@ -297,31 +299,31 @@ class Editor:
         if self.base.device.type == "cpu":
             batch_size = max(1, min(batch_size, _CPU_BATCH_PIXELS // (size[0] * size[1])))
         while left:
-            chosen = left[:batch_size]
-            texts = [text] * len(chosen)
+            batch = left[:batch_size]
+            texts = [text] * len(batch)
             try:
-                images = self.pixels(adapter, texts, negative_prompt, start, chosen, settings, size)
+                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, size)
             except torch.OutOfMemoryError:
-                if len(chosen) == 1:
+                if len(batch) == 1:
                     raise _out_of_memory(size) from None
-                batch_size = len(chosen) // 2
+                batch_size = len(batch) // 2
                 continue
-            seconds = (time.perf_counter() - started) / len(chosen)
-            for seed, pixels in zip(chosen, images, strict=True):
+            seconds = (time.perf_counter() - started) / len(batch)
+            for seed, pixels in zip(batch, images, strict=True):
                 image = _to_image(pixels)
                 made = {**record, "seed": seed, "size": list(image.size)}
                 yield Edit(image, text, made, seconds, tuple(notes))
-            left, started = left[len(chosen) :], time.perf_counter()
+            left, started = left[len(batch) :], time.perf_counter()
 
-    def _settings(self, adapter: Adapter | None, has_photo: bool, given: dict[str, Any]) -> EditSettings:
-        """Returns the settings of an edit: those that were given, then the recipe's."""
+    def _settings(self, adapter: Adapter | None, has_photo: bool, chosen: dict[str, Any]) -> EditSettings:
+        """Returns the settings of an edit: the chosen ones that aren't None, and the recipe's for the others."""
         defaults = adapter.recipe.edit if adapter else EditSettings(strength=0.95 if has_photo else 1.0)
         is_full = adapter is not None and adapter.recipe.fit.method == "full"
-        if is_full:  # the base's own weights aren't there beside it
+        if is_full:  # the base's own weights aren't in memory
             defaults = dataclasses.replace(defaults, unconditional="adapter")
-        chosen = {name: value for name, value in given.items() if value is not None}
+        changes = {name: value for name, value in chosen.items() if value is not None}
         try:
-            settings = make_section(EditSettings, "edit", chosen, defaults)
+            settings = make_section(EditSettings, "edit", changes, defaults)
         except RecipeError as error:
             raise SettingError(str(error)) from error
         steps, most = settings.steps, len(self.base.schedule())
@@ -338,7 +340,7 @@ class Editor:
     def _start(
         self, adapter: Adapter | None, photo: Source | None, settings: EditSettings, notes: list[str]
     ) -> tuple[Tensor | None, str | None, tuple[int, int]]:
-        """Returns the x0 sampling starts from, where it comes from ("given", "adapter" or None), and the size."""
+        """Returns the x0 to start from, its origin ("given", "adapter" or None), and the size in pixels."""
         size = self._size(adapter)
         if settings.strength == 1:
             return None, None, size
@@ -360,16 +362,16 @@ class Editor:
         return self._checked_latents(adapter), "adapter", size
 
     def _size(self, adapter: Adapter | None) -> tuple[int, int]:
-        """Returns the size of an adapter's pictures, the base's own for one that doesn't say it."""
+        """Returns the image size of an adapter, the base's own if the adapter doesn't store it."""
         return adapter.size if adapter and all(adapter.size) else self.base.size
 
     def _checked_latents(self, adapter: Adapter) -> Tensor:
         """Returns the photo's x0 from an adapter, on the base's device."""
         shape = (1, *self.base.sample_shape(self._size(adapter)))
         if adapter.photo_latents is None or tuple(adapter.photo_latents.shape) != shape:
-            found = None if adapter.photo_latents is None else tuple(adapter.photo_latents.shape)
+            actual = None if adapter.photo_latents is None else tuple(adapter.photo_latents.shape)
             raise AdapterFileError(
-                f"the photo's latents in the adapter have shape {found} instead of {shape}; fit it again"
+                f"the photo's latents in the adapter have shape {actual} instead of {shape}; fit it again"
             )
         return adapter.photo_latents.to(self.base.device, torch.float32)
 
@@ -391,5 +393,5 @@ def _out_of_memory(size: tuple[int, int]) -> DeviceError:
 
 
 def _to_image(pixels: Tensor) -> Image.Image:
-    """Turns (3, height, width) in [0, 1] into an image, rounded as diffusers rounds."""
+    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding."""
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Guidance: how the predictions for several prompts become one; pure functions."""
+"""Guidance: pure functions that combine predictions for several prompts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, weight:
     """Moves a prediction away from the empty prompt's (arXiv 2205.11487, equation 2).
 
     Args:
-        unconditional: (batch, channels, h, w), prediction for the empty or the negative prompt.
-        conditional: (batch, channels, h, w), prediction for the prompt.
-        weight: w; 0 returns `unconditional`, 1 returns `conditional`, more follows the prompt harder.
+        unconditional: Prediction for the empty or the negative prompt, (batch, channels, h, w).
+        conditional: Prediction for the prompt, same shape.
+        weight: w; 0 returns `unconditional`, 1 `conditional`; larger weights follow the prompt more closely.
 
     Returns:
-        (batch, channels, h, w), the guided prediction.
+        The guided prediction, (batch, channels, h, w).
     """
     return unconditional + weight * (conditional - unconditional)
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
-    """Takes back the overexposure that strong guidance brings (arXiv 2305.08891, equations 15 and 16).
+    """Reduces the overexposure caused by strong guidance (arXiv 2305.08891, equations 15 and 16).
 
     Args:
-        guided: (batch, channels, h, w), a guided prediction.
-        conditional: (batch, channels, h, w), the prediction for the prompt alone.
-        amount: phi; 0 returns `guided`, 1 gives each image of it the standard deviation of `conditional`.
+        guided: The guided prediction, (batch, channels, h, w).
+        conditional: The prediction for the prompt alone, same shape.
+        amount: phi; 0 returns `guided`, 1 rescales each sample to the standard deviation of `conditional`.
 
     Returns:
-        (batch, channels, h, w), the rescaled prediction.
+        The rescaled prediction, (batch, channels, h, w).
     """
     dimensions = tuple(range(1, guided.ndim))
     ratio = conditional.std(dim=dimensions, keepdim=True) / guided.std(dim=dimensions, keepdim=True)

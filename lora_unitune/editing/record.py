@@ -1,4 +1,4 @@
-"""The record of an edit: the image, every setting that made it, and the file that carries both."""
+"""The record of an edit: the image with every setting that it was made with, and its PNG file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ENTRY = "lora_unitune"
-"""The PNG's text entry that holds the settings."""
+"""Name of the PNG's text entry with the settings."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An edited image and every setting that made it.
+    """An edited image with every setting that it was made with.
 
     Attributes:
-        image: RGB.
-        prompt: The whole text that was sent, rare tokens included.
-        settings: Everything needed to repeat the edit, as values that JSON can hold.
-        seconds: What the edit took, without loading the base.
-        notes: What a person may want to know about it, one sentence each.
+        image: The image, RGB.
+        prompt: The complete prompt, including rare tokens.
+        settings: Everything needed to repeat the edit, as JSON-serializable values.
+        seconds: Duration of the edit in seconds, without loading the base.
+        notes: Notes for the user, one sentence each.
     """
 
     image: Image.Image
@@ -36,14 +36,14 @@ class Edit:
     notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Writes the image as a PNG that carries the settings; `read_settings` reads them.
+        """Writes the image as a PNG with the settings, which `read_settings` reads.
 
         Args:
             path: Path of the file; its name ends in .png.
-            overwrite: Whether a file that is there may be replaced.
+            overwrite: Whether an existing file may be replaced.
 
         Raises:
-            OutputError: The file is there already, isn't a PNG by its name, or can't be written.
+            OutputError: The file already exists, its name doesn't end in .png, or can't be written.
         """
         from PIL import PngImagePlugin
 
@@ -57,13 +57,13 @@ class Edit:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads the settings that an edited PNG carries.
+    """Reads the settings stored in an edited PNG.
 
     Args:
         path: Path of a file that `Edit.save` wrote.
 
     Raises:
-        SettingError: The file can't be read, or carries none.
+        SettingError: The file can't be read, or has no settings.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Sampling: from noise, or from the noised photo, to x0 of an image."""
+"""Sampling of x0, from noise or from the noised photo."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def sample(
 ) -> Tensor:
     """Samples with the base's own sampler, from noise or from the noised photo (SDEdit, arXiv 2108.01073).
 
-    It does what diffusers' text-to-image pipelines (strength 1) and image-to-image pipelines (less) do.
+    Equivalent to diffusers' text-to-image pipelines (strength 1) and image-to-image pipelines (below 1).
 
     Args:
-        base: With its adapter in place.
+        base: The base, with its adapter attached.
         size: (width, height) in pixels.
-        conditional: Of the prompts, with a batch of one for each seed.
-        unconditional: Of the negative or empty prompt, with a batch of 1.
-        photo: x0 of the photo, (1, c, h, w); needed when strength is below 1.
-        seeds: Of the generators that draw each image's noise, on the CPU.
-        settings: How to sample.
+        conditional: Condition of the prompts, with one batch row for each seed.
+        unconditional: Condition of the negative or empty prompt, with a batch of 1.
+        photo: x0 of the photo, (1, c, h, w); needed if strength is below 1.
+        seeds: Seeds of the noise, drawn on the CPU.
+        settings: Sampling settings.
 
     Returns:
         x0, (b, c, h, w) float32.
@@ -47,8 +47,8 @@ def sample(
     sampler = base.sampler(settings.steps, size, 0 if photo is None else _skipped(settings))
     noisy = sampler.start(noise, None if photo is None else photo.expand_as(noise))
     for step in range(len(sampler.timesteps)):
-        given = sampler.model_input(noisy, step)
-        prediction = _guided_prediction(base, given, sampler, step, conditional, unconditional, settings)
+        scaled = sampler.model_input(noisy, step)
+        prediction = _guided_prediction(base, scaled, sampler, step, conditional, unconditional, settings)
         noisy = sampler.step(prediction, step, noisy, generators)
     return noisy
 
@@ -64,23 +64,24 @@ def sample_edit(
     seeds: Sequence[int],
     settings: EditSettings,
 ) -> Tensor:
-    """Samples as `sample` does, or the photo and what the prompt changes in it (setting `residual`).
+    """Samples as `sample` does, or adds to the photo only what the prompt changes (setting `residual`).
 
     The change d, 0 at first, follows FlowEdit (arXiv 2412.08629, algorithm 1), written for noise levels
-    s = sigma / alpha so that it holds for diffusion and flow models alike. At each, the photo z and z + d get
-    the same fresh noise; from one to the next, lower by the factor r,
-    d <- r d + (1 - r) (x(z + d, whole prompt) - x(z, rare tokens alone)), where x is the clean picture that
-    the base predicts. What it draws wrong of the photo drops out.
+    s = sigma / alpha so that it holds for diffusion and flow models alike. At each level, the photo z and z + d get
+    the same new noise; from one level to the next, lower by the factor r,
+    d <- r d + (1 - r) (x(z + d, whole prompt) - x(z, rare tokens alone)), where x is the clean image that
+    the base predicts. Errors in the reconstruction of the photo cancel.
 
     Args:
-        base: As for `sample`, and so are the others but one.
-        size: (width, height) in pixels.
-        conditional: Of the prompts.
-        rare: Of the rare tokens alone (for the plain base, of nothing), with a batch of 1; None: no residual.
-        unconditional: Of the negative or empty prompt.
-        photo: Without it (strength 1) there is no residual.
-        seeds: One for each prompt.
-        settings: How to sample; with a residual, only the sampler's noise levels are used.
+        base: As for `sample`.
+        size: As for `sample`.
+        conditional: As for `sample`.
+        rare: Condition of the rare tokens alone (of the empty prompt for the plain base), with a batch of 1;
+            None for no residual.
+        unconditional: As for `sample`.
+        photo: As for `sample`; without it (strength 1) there is no residual.
+        seeds: As for `sample`.
+        settings: Sampling settings; with a residual, only the sampler's noise levels are used.
 
     Returns:
         x0, (b, c, h, w) float32.
@@ -90,7 +91,7 @@ def sample_edit(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     shape, count = base.sample_shape(size), len(seeds)
     sampler = base.sampler(settings.steps, size, _skipped(settings))
-    both, nothing = joined(conditional, expanded(rare, count)), expanded(unconditional, 2 * count)
+    both, empty = joined(conditional, expanded(rare, count)), expanded(unconditional, 2 * count)
     photo, levels = photo.expand(count, *shape), sampler.levels
     ratios = [*levels.noise_to_signal().tolist(), 0.0]
     change = torch.zeros_like(photo)
@@ -98,19 +99,19 @@ def sample_edit(
         noise, index = _noise(shape, generators).to(base.device), torch.full((2 * count,), step)
         noisy = levels.add_noise(torch.cat([photo + change, photo]), torch.cat([noise, noise]), index)
         first = sampler.first_step[step]
-        prediction = _guided_prediction(base, noisy, sampler, first, both, nothing, settings)
+        prediction = _guided_prediction(base, noisy, sampler, first, both, empty, settings)
         edited, redrawn = levels.clean(prediction, noisy, index).chunk(2)
         change = torch.lerp(edited - redrawn, change, next_ratio / ratio)
     return photo + change
 
 
 def _noise(shape: tuple[int, int, int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draws standard normal noise (generators, channels, h, w), for each image by its own generator."""
+    """Draws standard normal noise (len(generators), c, h, w), each sample with its own generator."""
     return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
 def _skipped(settings: EditSettings) -> int:
-    """Returns how many steps of a full run, the noisiest ones, a strength below 1 leaves out."""
+    """Returns the number of first steps of a full run that a strength below 1 skips."""
     return settings.steps - min(int(settings.steps * settings.strength), settings.steps)
 
 

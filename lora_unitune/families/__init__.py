@@ -1,7 +1,7 @@
-"""Kinds of base model: what a fit and an edit need from one, the table of families, and how to load a base.
+"""Families of base models: the interface that a fit and an edit use, the table of families, and loading.
 
-Only inside this folder is it known what a base is made of. Everything else reads its row of the table. Importing
-this file loads no torch: files are described without it.
+Only this folder knows the components of a base; all other code uses its `Family`. Importing this file doesn't
+import torch, so that files can be described without it.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 Condition = dict[str, "Tensor"]
-"""All that a denoiser receives beside the noised picture and the time; batch first; names are the family's."""
+"""All inputs of a denoiser except the noised sample and the timestep; batch first; names are the family's."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of base model: its row of the table, which everything else reads.
+    """A family of base models: one row of the table `FAMILIES`.
 
     Attributes:
-        name: What files call it.
-        title: What people call it.
-        pipelines: Pipeline classes of diffusers that are of this kind, as model_index.json names them.
+        name: Name in files, such as "sd".
+        title: Name in messages and documentation.
+        pipelines: Names of its pipeline classes in diffusers, as in model_index.json.
         module: Module with `load(name, location, device, dtype, quantize) -> Base`.
-        denoiser: The part that predicts; the others turn the prompt into its condition.
-        parts: What a fit can adapt, with each part's defaults.
-        recipe: Name of the shipped recipe for bases of this kind.
-        names: What other tools call its layers.
-        signs: Beginnings of keys by which a file of another tool is known to be of this kind.
+        denoiser: Name of the denoising part; the other parts encode the prompt.
+        parts: Parts that a fit can adapt, with their default settings.
+        recipe: Name of the bundled recipe for bases of this family.
+        names: Names of its layers in other tools.
+        signs: Prefixes of keys that identify a file of another tool as of this family.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Family:
     signs: tuple[str, ...] = ()
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """Returns a recipe with settings for every part: its own, and the family's where it says nothing.
+        """Returns a recipe with settings for every part, missing ones filled with the family's defaults.
 
         Raises:
-            RecipeError: The recipe has settings for a part that bases of this kind don't have.
+            RecipeError: The recipe has settings for a part that bases of this family don't have.
         """
         for part in recipe.lora:
             if part not in self.parts:
@@ -74,20 +74,20 @@ class Family:
                 )
         lora = {}
         for part, default in self.parts.items():
-            given = recipe.lora.get(part, default)
+            settings = recipe.lora.get(part, default)
             lora[part] = dataclasses.replace(
-                given,
-                targets=given.targets or default.targets,
-                learning_rate=given.learning_rate or default.learning_rate,
+                settings,
+                targets=settings.targets or default.targets,
+                learning_rate=settings.learning_rate or default.learning_rate,
             )
         return dataclasses.replace(recipe, lora=lora)
 
     def owns(self, shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str] = ()) -> bool:
-        """Says whether a file of another tool is surely of this kind.
+        """Returns whether a file of another tool is certainly of this family.
 
         Args:
-            shapes: of its tensors, by this package's keys.
-            keys: of the file, as they are written in it.
+            shapes: Shapes of its tensors, by this package's keys.
+            keys: The keys in the file.
         """
         signed = any(key.startswith(self.signs) for key in [*shapes, *keys]) if self.signs else False
         return signed or self.names.kind_of(shapes) is not None
@@ -136,33 +136,33 @@ LIBRARIES = (
     "diffusers.models.unets.unet_2d_condition",
     "diffusers.models.autoencoders.autoencoder_kl",
 )
-"""Modules of libraries that the families' loaders import: a command may import them early, its own way."""
+"""Library modules that the families' loaders import, so that a command can import them in advance."""
 
 
 class Vocabulary(Protocol):
-    """What rare tokens are looked for in: a base's tokenizer and the embeddings of its tokens."""
+    """A base's tokenizer and token embeddings, from which rare tokens are chosen."""
 
     prompt_length: int
-    """How many tokens a prompt may have."""
+    """Maximum number of tokens of a prompt."""
 
     def words(self) -> dict[str, int]:
-        """Returns the words that are one token -> its number; later numbers are rarer."""
+        """Returns word -> token id for words that are a single token; higher ids are rarer."""
         ...
 
     def norms(self) -> list[float] | None:
-        """Returns the length of each token's embedding, by its number; None where there are none."""
+        """Returns the norm of each token's embedding, by id; None without embeddings."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Returns a text's tokens, without those for start and end."""
+        """Returns the token ids of a text, without start and end tokens."""
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """Returns the text of tokens."""
+        """Returns the text of token ids."""
         ...
 
     def special(self) -> set[int]:
-        """Returns the tokens that stand for no text: start, end, padding, unknown."""
+        """Returns the ids of special tokens: start, end, padding, unknown."""
         ...
 
 
@@ -170,19 +170,19 @@ class Vocabulary(Protocol):
 class Base(Protocol):
     """A base model in memory, frozen and in eval mode.
 
-    Pictures are x0 (b, c, h, w) in whatever space the base denoises in, float32.
+    x0 (b, c, h, w) is an image in the space that the base denoises in, such as latents; float32.
 
     Attributes:
         name: "pocket", a hub id, or a folder's name without its path.
         fingerprint: 16 hexadecimal digits that change with the weights.
-        family: Its row of the table.
-        device: Where it computes.
-        dtype: Of the parts' weights.
-        quantized: What the parts' linear layers were rounded to, or "none".
+        family: Its family.
+        device: Device of the modules.
+        dtype: Dtype of the parts' weights.
+        quantized: Quantization of the parts' linear layers: "int8", "nf4" or "none".
         size: (width, height) in pixels that it was trained at.
-        size_step: What a side in pixels must be a multiple of.
-        parts: The modules that a fit can adapt, by the names in the family's row.
-        frozen: The others, which only encode and decode; out of the device's memory while a fit takes steps.
+        size_step: Number of pixels that each side has to be a multiple of.
+        parts: The modules that a fit can adapt, by the names in `family.parts`.
+        frozen: The other modules, which encode and decode images; offloaded to the CPU during training steps.
     """
 
     name: str
@@ -197,7 +197,7 @@ class Base(Protocol):
     frozen: dict[str, nn.Module]
 
     def sample_shape(self, size: Size | None = None) -> tuple[int, int, int]:
-        """Returns (c, h, w) of x0 for a picture of (width, height) pixels; None means the base's own size.
+        """Returns (c, h, w) of x0 for an image of (width, height) pixels; None means the base's own size.
 
         Raises:
             RecipeError: The base can't work at that size.
@@ -213,15 +213,15 @@ class Base(Protocol):
         ...
 
     def tokenize(self, text: str) -> tuple[Tensor, str]:
-        """Returns the padded token ids (1, L) int64 of a text, and the part of the text that didn't fit."""
+        """Returns the padded token ids (1, L) int64 of a text, and the text that was truncated."""
         ...
 
     def condition(self, prompt: str) -> Condition:
-        """Returns a prompt's condition, with a batch of 1. Gradients flow through the parts."""
+        """Returns a prompt's condition, with a batch of 1; differentiable with respect to the parts."""
         ...
 
     def vocabulary(self) -> Vocabulary:
-        """Returns what rare tokens are looked for in."""
+        """Returns the vocabulary to choose rare tokens from."""
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -229,21 +229,21 @@ class Base(Protocol):
         ...
 
     def schedule(self, size: Size | None = None) -> NoiseSchedule:
-        """Returns the noise levels that the base was trained at, for a picture of that size."""
+        """Returns the noise levels that the base was trained at, for an image of that size."""
         ...
 
     def sampler(self, steps: int, size: Size | None = None, skip: int = 0) -> Sampler:
-        """Returns a fresh sampler of a full run of `steps` steps whose first `skip`, the noisiest, are left out."""
+        """Returns a new sampler of `steps` steps without the first `skip` of them, the noisiest."""
         ...
 
 
 def expanded(condition: Condition, count: int) -> Condition:
-    """Returns a condition of batch 1 repeated `count` times, without copying."""
+    """Returns a condition of batch 1 expanded to a batch of `count`, without copying."""
     return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in condition.items()}
 
 
 def joined(*conditions: Condition) -> Condition:
-    """Returns conditions of one base as one batch, in their order."""
+    """Concatenates conditions of one base along the batch."""
     import torch
 
     return {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
@@ -255,14 +255,14 @@ def load_base(
     """Loads a base model, frozen and in eval mode.
 
     Args:
-        name: "pocket" (ships with the package), a folder with a model_index.json, or a hub id.
+        name: "pocket" (bundled with the package), a folder with a model_index.json, or a hub id.
         device: "auto", "cpu", "cuda" or "mps".
-        dtype: Of the parts; None means float16 on CUDA and float32 elsewhere.
-        quantize: "none", or "int8" or "nf4" for linear layers in 8 or 4 bits, which takes bitsandbytes.
+        dtype: Dtype of the parts; None means float16 on CUDA and float32 elsewhere.
+        quantize: "none", or "int8" or "nf4" for linear layers in 8 or 4 bits, which needs bitsandbytes.
 
     Raises:
-        BaseModelError: The base is unknown, broken, or of a kind that isn't supported.
-        DeviceError: The device isn't there.
+        BaseModelError: The base is unknown, broken, or of a family that isn't supported.
+        DeviceError: The device isn't available.
         SettingError: bitsandbytes is needed and can't be imported.
     """
     import torch
@@ -279,10 +279,10 @@ def load_base(
 
 
 def default_recipe(name: str, family: Family) -> Recipe:
-    """Returns the recipe for a base when the user names none, with settings for every part.
+    """Returns the default recipe of a base, with settings for every part.
 
     Args:
-        name: Name, folder or hub id of the base, as the user gave it.
-        family: The base's.
+        name: Name, folder or hub id of the base, as the user specified it.
+        family: The base's family.
     """
     return family.complete(Recipe.load("pocket/default" if name == "pocket" else family.recipe))

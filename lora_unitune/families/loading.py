@@ -1,4 +1,4 @@
-"""A base's name -> its checked components in memory: from a folder or a hub id, safetensors only."""
+"""Loading of a base's components from a folder or a hub id, safetensors only."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turns a device name into a device that is there.
+    """Returns the device of a name.
 
     Args:
-        name: "auto" (the best there is), "cpu", "cuda" or "mps".
+        name: "auto" (the fastest available), "cpu", "cuda" or "mps".
 
     Raises:
-        DeviceError: the name is unknown, or this machine has no such device.
+        DeviceError: The name is unknown, or the device isn't available.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
-    if name not in there:
+        return torch.device(next(kind for kind, is_there in available.items() if is_there))
+    if name not in available:
         raise DeviceError(f"device '{name}' is unknown; choose one of auto, cpu, cuda, mps")
-    if not there[name]:
+    if not available[name]:
         raise DeviceError(f"device '{name}' isn't available to PyTorch on this machine; use auto or cpu")
     return torch.device(name)
 
@@ -45,7 +45,7 @@ def locate_base(name: str) -> str:
     """Returns the folder or hub id that `name` ("pocket", a folder, a hub id) stands for.
 
     Raises:
-        BaseModelError: it is none of the three.
+        BaseModelError: The name is none of the three.
     """
     if name == "pocket":
         return str(POCKET_FOLDER)
@@ -57,7 +57,7 @@ def locate_base(name: str) -> str:
 
 
 def public_name(name: str) -> str:
-    """Returns a base's name without its folder's path: it tells about its owner, and files are shared."""
+    """Returns a base's name without its folder's path, which is private and would be shared with files."""
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
@@ -65,7 +65,7 @@ def read_model_index(name: str) -> dict[str, Any]:
     """Reads the model_index.json of a base, from its folder or (for a hub id) through diffusers.
 
     Raises:
-        BaseModelError: there is none, it can't be downloaded, or it isn't a diffusers index.
+        BaseModelError: The file doesn't exist, can't be downloaded, or isn't a diffusers index.
     """
     location = locate_base(name)
     if Path(location).is_dir():
@@ -100,7 +100,7 @@ def detect_family(name: str) -> Family:
     """Returns the family of a base, from its model_index.json.
 
     Raises:
-        BaseModelError: the base isn't there, or is of a kind that isn't supported.
+        BaseModelError: The base doesn't exist, or is of a family that isn't supported.
     """
     kind = read_model_index(name)["_class_name"]
     for family in FAMILIES.values():
@@ -118,20 +118,20 @@ def load_components(
     """Loads a pipeline's models in float32, the tokenizers of its text encoders, and its scheduler.
 
     Args:
-        name: what the user called the base.
-        models: classes of the models, by the names of their folders.
-        tokenizer: class of the tokenizers.
-        kind: of base, for messages.
+        name: Name of the base, as the user specified it.
+        models: Classes of the models, by the names of their folders.
+        tokenizer: Class of the tokenizers.
+        kind: Title of the family, for messages.
 
     Raises:
-        BaseModelError: a component is missing or broken, or is of another class.
+        BaseModelError: A component is missing or broken, or is of another class.
     """
     index, location = read_model_index(name), locate_base(name)
     for component, expected in models.items():
-        found = (index.get(component) or [None, None])[1]
-        if found != expected.__name__:
+        declared = (index.get(component) or [None, None])[1]
+        if declared != expected.__name__:
             raise BaseModelError(
-                f"base '{name}' has a {component} of class {found}; {kind} has {expected.__name__}"
+                f"base '{name}' has a {component} of class {declared}; {kind} has {expected.__name__}"
             )
     local = {"local_files_only": Path(location).is_dir()}
     weights: dict[str, Any] = {"use_safetensors": True, **local}
@@ -155,7 +155,7 @@ def load_components(
             ) from error
     for component, text_encoder in tokenizers.items():
         words, rows = len(loaded[component]), loaded[text_encoder].config.vocab_size
-        if not rows // 2 <= words <= rows:  # transformers makes up an empty one when the files are missing
+        if not rows // 2 <= words <= rows:  # transformers builds an empty one when the files are missing
             raise BaseModelError(
                 f"base '{name}': its {component} can't be loaded or isn't its own (it has {words} tokens and "
                 f"the {text_encoder} {rows}); copy the model again"
@@ -164,14 +164,14 @@ def load_components(
 
 
 def fingerprint_of(shape: Mapping[str, Any], sample: Sequence[Tensor]) -> str:
-    """Identifies a base by its shape, the settings of its noise schedule, and some of its tensors as float32.
+    """Returns a fingerprint of a base's configuration, noise schedule and some of its tensors as float32.
 
-    The schedule counts by the settings it is computed from: its numbers differ in the last bit between
-    processors, and a file made on one computer has to open on another.
+    The schedule enters by its settings, not by its values, which differ in the last bit between processors: a
+    file made on one computer has to open on another.
 
     Args:
-        shape: values that JSON can hold.
-        sample: tensors of the base.
+        shape: Configuration as JSON-serializable values.
+        sample: Some tensors of the base.
 
     Returns:
         The first 16 hexadecimal digits of a SHA-256.
@@ -183,10 +183,10 @@ def fingerprint_of(shape: Mapping[str, Any], sample: Sequence[Tensor]) -> str:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Inside its `with` block, `torch.nn.init` leaves new weights as they are: they are read from a file."""
+    """Inside its `with` block, `torch.nn.init` does nothing, for weights that are loaded from a file anyway."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs a function of torch, or leaves it out."""
+        """Calls a function of torch, unless it initializes."""
         named = kwargs or {}
         if getattr(func, "__module__", "") == "torch.nn.init":
             return named["tensor"] if "tensor" in named else args[0]
@@ -194,10 +194,10 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _read_text_encoder(model: type[Any], folder: Path) -> Any:
-    """Builds a text encoder of a local folder in float32, or returns None if its file has other names.
+    """Loads a text encoder from a local folder in float32, or returns None if its file has other keys.
 
-    `from_pretrained` also converts the names of older files, but imports a compiler and distributed training
-    for it, which takes a second.
+    `from_pretrained` also converts the keys of older files, but imports a compiler and distributed training for
+    it, which takes a second.
     """
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -217,19 +217,21 @@ def _is_text(component: str) -> bool:
 
 
 def _scheduler_class(name: str, index: Mapping[str, Any]) -> type[Any]:
-    """Returns the class of the scheduler that a base ships."""
+    """Returns the class of a base's scheduler."""
     import diffusers
 
     kind = str((index.get("scheduler") or [None, None])[1])
-    found = getattr(diffusers, kind, None)
-    if not (isinstance(found, type) and kind.endswith("Scheduler") and hasattr(found, "from_pretrained")):
+    scheduler = getattr(diffusers, kind, None)
+    if not (
+        isinstance(scheduler, type) and kind.endswith("Scheduler") and hasattr(scheduler, "from_pretrained")
+    ):
         raise BaseModelError(f"base '{name}' names a scheduler '{kind}' that diffusers doesn't have")
-    return found
+    return scheduler
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps diffusers and transformers from writing notes and progress bars while they load."""
+    """Silences the messages and progress bars of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,6 +1,6 @@
-"""Names of layers in other tools: what a family's row says of them, and the tables of Stable Diffusion.
+"""Names of layers in other tools: the mapping of a family, and the tables of Stable Diffusion.
 
-No torch here: files are described without it.
+This module doesn't import torch, so that files can be described without it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class LayerNames:
-    """How files of other tools call a family's layers.
+    """Names of a family's layers in files of other tools.
 
     Attributes:
-        prefixes: Beginning of a layer's path, "<part>." or longer -> that of its name in kohya's layout; the
-            first that fits holds.
-        words: Every word that a module's path is made of, besides numbers: kohya's names have underscores for
-            dots, so only the words tell where a dot was.
+        prefixes: Prefix of a layer's path, "<part>." or longer -> prefix of its name in kohya's layout; the
+            first match is used.
+        words: Every component of a module's path except numbers: kohya's names have underscores for dots, so
+            only a list of components can restore the dots.
         blocks: Paths of the denoiser's blocks -> their paths in kohya's layout, where they differ.
-        block_parts: Module -> its name there, inside blocks of the kind "resnets".
-        old_prefixes: Beginnings of keys as earlier releases wrote them -> today's.
-        width_key: End of the keys whose last dimension tells the kind of base by its width.
-        kinds: That width -> the base's name in kohya's header, and in ModelSpec.
+        block_parts: Module -> its name in kohya's layout, inside "resnets" blocks.
+        old_prefixes: Prefix of keys in files of earlier releases -> current prefix.
+        width_key: Suffix of the keys whose last dimension, the width, identifies the base model.
+        kinds: Width -> the base model's name in kohya's header, and in ModelSpec.
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
@@ -36,17 +36,17 @@ class LayerNames:
     kinds: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     def current(self, key: str) -> str:
-        """Returns a tensor's key in today's spelling."""
+        """Returns a tensor's key in its current spelling."""
         for old, new in self.old_prefixes.items():
             if key.startswith(old):
                 return new + key.removeprefix(old)
         return key
 
     def kind_of(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str] | None:
-        """Returns the base's names in kohya's header and in ModelSpec; None if its kind can't be seen.
+        """Returns the base model's names in kohya's header and in ModelSpec; None if it can't be identified.
 
         Args:
-            shapes: of the tensors, by "<part>.<module>.lora_A.weight" and the like.
+            shapes: Shapes of the tensors, by "<part>.<module>.lora_A.weight" and the like.
         """
         widths = {
             shape[-1] for key, shape in shapes.items() if self.width_key and key.endswith(self.width_key)
@@ -58,10 +58,10 @@ class LayerNames:
 
         Args:
             layer: "<part>.<module>", the module's path with dots.
-            denoiser: Name of the part whose blocks have other names there.
+            denoiser: Name of the denoising part, whose blocks `blocks` renames.
 
         Raises:
-            KeyError: Layers of this part have no name there.
+            KeyError: The layout has no names for layers of this part.
         """
         layer = self.current(layer)
         start = next((start for start in self.prefixes if layer.startswith(start)), None)
@@ -85,7 +85,7 @@ class LayerNames:
         return None
 
     def _path(self, rest: str, in_denoiser: bool) -> str:
-        """Returns the dotted path of a name without its prefix, "" where a word isn't known."""
+        """Returns the dotted path of a name without its prefix, "" if a component is unknown."""
         block = self._block_at(rest) if in_denoiser and self.blocks else ""
         steps = [self._blocks_back[block]] if block else []
         rest = rest.removeprefix(block).removeprefix("_")
@@ -98,20 +98,20 @@ class LayerNames:
         return ".".join(steps)
 
     def _block_at(self, name: str) -> str:
-        """Returns the longest of kohya's names of blocks that a name begins with, "" if there is none."""
+        """Returns the longest of kohya's block names that is a prefix of a name, "" if there is none."""
         words = name.split("_")
         starts = ("_".join(words[:count]) for count in range(len(words), 0, -1))
         return next((start for start in starts if start in self._blocks_back), "")
 
     @cached_property
     def _step(self) -> re.Pattern[str]:
-        """Matches the next word or number of a name."""
+        """Pattern of the next component or number of a name."""
         words = [*sorted(self.words, key=len, reverse=True), r"\d+"]
         return re.compile("(" + "|".join(words) + r")(?:_|$)")
 
     @cached_property
     def _blocks_back(self) -> dict[str, str]:
-        """kohya's names of blocks, and of modules inside those that differ too, -> paths."""
+        """kohya's names of blocks, and of renamed modules inside them, -> paths."""
         inside = {
             f"{theirs}.{name}".replace(".", "_"): f"{ours}.{module}"
             for ours, theirs in self.blocks.items()
@@ -135,8 +135,8 @@ WIDTH_KEY = "attn2.to_k.lora_A.weight"
 
 
 def _sdxl_blocks() -> dict[str, str]:
-    """Returns the blocks of SDXL's UNet as diffusers names them -> as Stability's own code and kohya do."""
-    found = {
+    """Returns the blocks of SDXL's UNet as diffusers names them -> as Stability's code and kohya name them."""
+    blocks = {
         "conv_in": "input_blocks.0.0",
         "conv_out": "out.2",
         "mid_block.resnets.0": "middle_block.0",
@@ -144,22 +144,22 @@ def _sdxl_blocks() -> dict[str, str]:
         "mid_block.resnets.1": "middle_block.2",
     }
     for ours, theirs in {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}.items():
-        found |= {f"{ours}.linear_1": f"{theirs}.0", f"{ours}.linear_2": f"{theirs}.2"}
+        blocks |= {f"{ours}.linear_1": f"{theirs}.0", f"{ours}.linear_2": f"{theirs}.2"}
     for level in range(3):
         for layer in range(2):
             place = f"input_blocks.{3 * level + layer + 1}"
-            found[f"down_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+            blocks[f"down_blocks.{level}.resnets.{layer}"] = f"{place}.0"
             if level > 0:
-                found[f"down_blocks.{level}.attentions.{layer}"] = f"{place}.1"
+                blocks[f"down_blocks.{level}.attentions.{layer}"] = f"{place}.1"
         for layer in range(3):
             place = f"output_blocks.{3 * level + layer}"
-            found[f"up_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+            blocks[f"up_blocks.{level}.resnets.{layer}"] = f"{place}.0"
             if level < 2:
-                found[f"up_blocks.{level}.attentions.{layer}"] = f"{place}.1"
+                blocks[f"up_blocks.{level}.attentions.{layer}"] = f"{place}.1"
         if level < 2:
-            found[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 * level + 3}.0.op"
-            found[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.2.conv"
-    return found
+            blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 * level + 3}.0.op"
+            blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.2.conv"
+    return blocks
 
 
 SD_NAMES = LayerNames(

@@ -1,4 +1,4 @@
-"""A base whose linear layers are kept in few bits, so that it fits a small card while a photo is fitted."""
+"""Quantization of a base's linear layers, so that a fit needs less GPU memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 
 from lora_unitune.errors import SettingError
 
-_SMALLEST = 4096  # numbers of a weight; smaller ones save nothing
+_SMALLEST = 4096  # elements of a weight; quantizing smaller ones saves nothing
 _FLAGS = {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}
-"""The formats, and by what PEFT knows a module in them."""
+"""Quantization -> the attribute by which PEFT recognizes a quantized module."""
 
 
 def place(module: nn.Module, device: torch.device, dtype: torch.dtype, quantize: str) -> nn.Module:
-    """Freezes a module, casts it, and moves it to a device, its linear layers rounded on the way.
+    """Freezes a module, quantizes its linear layers, casts the rest, and moves it to a device.
 
     Args:
-        module: float32, on the CPU.
-        device: to go to.
-        dtype: of all else, and of what the rounded layers compute.
-        quantize: "none", "int8" (LLM.int8(), arXiv 2208.07339) or "nf4" (QLoRA, arXiv 2305.14314).
+        module: The module, float32, on the CPU.
+        device: Device to move it to.
+        dtype: Dtype of all other layers, and of the computation in quantized ones.
+        quantize: Quantization: "none", "int8" (LLM.int8(), arXiv 2208.07339) or "nf4" (QLoRA, arXiv 2305.14314).
 
     Raises:
         SettingError: bitsandbytes is needed and can't be imported.
@@ -42,7 +42,7 @@ def place(module: nn.Module, device: torch.device, dtype: torch.dtype, quantize:
 
 
 def _maker(quantize: str, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
-    """Returns a function that makes a layer of bitsandbytes' from a linear one; moving it rounds it."""
+    """Returns a function that replaces a linear layer by bitsandbytes'; moving it to a device quantizes it."""
     try:
         from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
     except (ImportError, OSError, RuntimeError) as error:
@@ -62,7 +62,9 @@ def _maker(quantize: str, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module
             layer.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
         else:
             layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
-            layer.support_avx512bf16_for_cpu = False  # it repacks weights, after which none can train
+            layer.support_avx512bf16_for_cpu = (
+                False  # it repacks weights, after which gradients can't be computed
+            )
         layer.bias = linear.bias
         frozen: Any = layer.requires_grad_(False)
         return frozen  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""diffusers' schedulers behind one face: the steps of a sampling run."""
+"""A common interface to diffusers' schedulers: the steps of a sampling run."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lora_unitune.families.schedule import NoiseSchedule
 
 
 class Sampler:
-    """The steps of one sampling run, from noise or from a noised picture.
+    """The steps of one sampling run, from noise or from a noised image.
 
     Attributes:
-        timesteps: (steps,), the time that the denoiser receives at each step.
-        shares: Of the denoising that lies behind when each step begins.
+        timesteps: (steps,), the timestep that the denoiser receives at each step.
+        shares: Share of the denoising that is done when each step begins, in [0, 1].
         levels: The base's noise schedule at the distinct timesteps of the run, the noisiest first.
-        first_step: Of each of those levels, the number of the first step at it.
+        first_step: Index of the first step at each of those levels.
     """
 
     def __init__(
         self, scheduler: Any, schedule: NoiseSchedule, steps: int, skip: int, device: torch.device
     ) -> None:
-        """Sets a scheduler up.
+        """Sets the timesteps of a scheduler.
 
         Args:
-            scheduler: of diffusers, fresh.
-            schedule: the base's noise levels.
-            steps: of a full run.
-            skip: how many of the first ones are left out.
-            device: of the pictures.
+            scheduler: A new scheduler of diffusers.
+            schedule: The base's noise levels.
+            steps: Steps of a full run.
+            skip: Number of first steps to skip.
+            device: Device of the samples.
         """
         self._scheduler = scheduler
         scheduler.set_timesteps(steps, device=device)
@@ -47,35 +47,35 @@ class Sampler:
             self.levels = schedule.at(distinct.long())
 
     def start(self, noise: Tensor, clean: Tensor | None = None) -> Tensor:
-        """Returns what sampling starts from, (b, c, h, w).
+        """Returns the initial sample, (b, c, h, w).
 
         Args:
-            noise: standard normal, (b, c, h, w).
-            clean: x0 of a picture, same shape; None starts from noise alone.
+            noise: Standard normal noise, (b, c, h, w).
+            clean: x0 of an image, same shape; None starts from noise alone.
         """
         scheduler = self._scheduler
         if clean is None:
-            started: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-            return started
+            initial: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+            return initial
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self._first)
-        if hasattr(scheduler, "scale_noise"):  # of a flow
+        if hasattr(scheduler, "scale_noise"):  # flow matching
             return scheduler.scale_noise(clean, self.timesteps[:1], noise)  # type: ignore[no-any-return]
         return scheduler.add_noise(clean, noise, self.timesteps[:1])  # type: ignore[no-any-return]
 
     def model_input(self, noisy: Tensor, step: int) -> Tensor:
-        """Returns what the denoiser is given at a step (some schedulers scale it)."""
+        """Returns the denoiser's input at a step; some schedulers scale the sample."""
         scale = getattr(self._scheduler, "scale_model_input", None)
         return noisy if scale is None else scale(noisy, self.timesteps[step])
 
     def step(self, output: Tensor, step: int, noisy: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Returns the picture one step less noisy.
+        """Returns the sample after one denoising step, (b, c, h, w).
 
         Args:
-            output: of the denoiser, (b, c, h, w).
-            step: number of the step, from 0.
-            noisy: the picture now.
-            generators: of each picture, for samplers that draw noise on the way.
+            output: Output of the denoiser, (b, c, h, w).
+            step: Index of the step, from 0.
+            noisy: The current sample, (b, c, h, w).
+            generators: Generator of each sample, for stochastic samplers.
         """
         scheduler = self._scheduler
         draws = "generator" in inspect.signature(scheduler.step).parameters

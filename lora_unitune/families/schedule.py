@@ -1,6 +1,6 @@
 """Noise levels: one formula for diffusion (DDPM) and flow matching.
 
-Every process is x_t = alpha x0 + sigma e, and every denoiser's output a x0 + b e, so one inverse serves all:
+Every process is x_t = alpha x0 + sigma e, and every denoiser's output a x0 + b e, so one inverse holds for all:
 x0 = (b x_t - sigma output) / (b alpha - a sigma).
 """
 
@@ -24,11 +24,11 @@ class NoiseSchedule:
     """The noise levels of a base, or of a sampler's steps; all tensors are (T,) float32 on the CPU.
 
     Attributes:
-        timesteps: The times that the denoiser receives.
-        alpha: Share of the picture, sqrt(a_t) in DDPM, 1 - sigma in flow matching.
-        sigma: Share of the noise.
+        timesteps: Timesteps that the denoiser receives.
+        alpha: Coefficient of x0: sqrt(a_t) in DDPM, 1 - sigma in flow matching.
+        sigma: Coefficient of the noise.
         prediction: What the denoiser predicts.
-        span: The times of pure noise and of the clean picture, on the same scale.
+        span: Timesteps of pure noise and of the clean image, on the same scale.
     """
 
     timesteps: Tensor
@@ -49,7 +49,7 @@ class NoiseSchedule:
 
         Args:
             signal: a_t, the cumulative product (T,), in (0, 1] or down to 0 with zero terminal SNR.
-            prediction: what the denoiser predicts.
+            prediction: What the denoiser predicts.
         """
         steps, signal = torch.arange(len(signal)), signal.float().cpu()
         return cls(steps, signal.sqrt(), (1 - signal).sqrt(), prediction, (len(signal) - 1, -1))
@@ -59,8 +59,8 @@ class NoiseSchedule:
         """Makes the schedule of a flow-matching model: x_t = (1 - sigma) x0 + sigma e (arXiv 2210.02747).
 
         Args:
-            sigma: noise levels (T,) in (0, 1].
-            scale: the denoiser receives sigma times this.
+            sigma: Noise levels (T,) in (0, 1].
+            scale: Factor from sigma to the denoiser's timestep.
         """
         sigma = sigma.float().cpu()
         return cls(sigma * scale, 1 - sigma, sigma, "flow", (scale, 0))
@@ -69,13 +69,13 @@ class NoiseSchedule:
         return len(self.timesteps)
 
     def at(self, index: Tensor) -> NoiseSchedule:
-        """Returns the schedule of chosen levels, in their order; index (n,) int64."""
+        """Returns the schedule at chosen levels; index (n,) int64."""
         tensors = (self.timesteps, self.alpha, self.sigma)
         timesteps, alpha, sigma = (tensor[index.cpu()] for tensor in tensors)
         return replace(self, timesteps=timesteps, alpha=alpha, sigma=sigma)
 
     def share(self, timestep: float) -> float:
-        """Returns the share of the denoising that lies behind at a time: 0 at pure noise, 1 when it is clean."""
+        """Returns the share of the denoising that is done at a timestep: 0 for pure noise, 1 for a clean image."""
         noise, clean = self.span
         return (noise - timestep) / (noise - clean)
 
@@ -87,8 +87,8 @@ class NoiseSchedule:
         I.1, spread their timesteps to the same end).
 
         Args:
-            batch: how many to draw.
-            generator: on the CPU.
+            batch: Number of levels to draw.
+            generator: Generator on the CPU.
 
         Returns:
             Indices (batch,) int64 on the CPU.
@@ -104,18 +104,18 @@ class NoiseSchedule:
         Args:
             clean: x0, (b, c, h, w).
             noise: e, standard normal, same shape.
-            index: of the levels, (b,) int64.
+            index: Indices of the levels, (b,) int64.
         """
         alpha, sigma = self._levels(index, clean)
         return alpha * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, index: Tensor) -> Tensor:
-        """Returns what the denoiser should answer for x_t: a x0 + b e.
+        """Returns the denoiser's target for x_t: a x0 + b e.
 
         Args:
             clean: x0, (b, c, h, w).
             noise: e, same shape.
-            index: of the levels, (b,) int64.
+            index: Indices of the levels, (b,) int64.
         """
         if self.prediction == "epsilon":
             return noise
@@ -125,12 +125,12 @@ class NoiseSchedule:
         return b * noise + a * clean
 
     def clean(self, output: Tensor, noisy: Tensor, index: Tensor) -> Tensor:
-        """Returns the x0 that a denoiser's answer for x_t stands for, the inverse of `target`.
+        """Returns the x0 that a denoiser's output for x_t predicts, the inverse of `target`.
 
         Args:
-            output: what the denoiser answered, (b, c, h, w).
+            output: Output of the denoiser, (b, c, h, w).
             noisy: x_t, same shape.
-            index: of the levels, (b,) int64.
+            index: Indices of the levels, (b,) int64.
         """
         alpha, sigma = self._levels(index, noisy)
         a, b = self._output(alpha, sigma)
@@ -141,7 +141,7 @@ class NoiseSchedule:
         return self.sigma / self.alpha
 
     def _levels(self, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha and sigma, each (b, 1, 1, 1), as `like` is."""
+        """Returns alpha and sigma, each (b, 1, 1, 1), on the device and in the dtype of `like`."""
         levels = (values[index.cpu()].view(-1, 1, 1, 1) for values in (self.alpha, self.sigma))
         alpha, sigma = (values.to(like.device, like.dtype) for values in levels)
         return alpha, sigma

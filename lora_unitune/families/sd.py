@@ -46,7 +46,7 @@ _WHOLE_WORD = re.compile(r"(.+)</w>")
 class StableDiffusionBase:
     """A Stable Diffusion 1.x or 2.x base in memory; see `families.Base` for what each member means.
 
-    x0 are the VAE's latents times its scaling factor. The VAE stays in float32 whatever `dtype` is: it is small,
+    x0 is the VAE's latents times its scaling factor. The VAE stays in float32 whatever `dtype` is: it is small,
     and half precision can overflow in it.
     """
 
@@ -64,18 +64,18 @@ class StableDiffusionBase:
         quantize: str = "none",
         **text_encoders: nn.Module,
     ) -> None:
-        """Takes loaded components over: freezes them, fingerprints them, and moves them to the device.
+        """Takes over loaded components: fingerprints and freezes them, and moves them to the device.
 
         Args:
             name: "pocket", a hub id, or a folder's name without its path.
-            unet: the denoiser, float32.
-            vae: pixels to latents and back, float32.
-            tokenizer: text to token ids.
-            scheduler: the sampler the base ships.
-            device: where the modules go.
-            dtype: what the UNet and the text encoders are cast to.
-            quantize: what their linear layers are rounded to, see `quantize.place`.
-            **text_encoders: text_encoder, and text_encoder_2 where there is one, float32.
+            unet: The denoiser, float32.
+            vae: The autoencoder, float32.
+            tokenizer: The tokenizer.
+            scheduler: The base's scheduler.
+            device: Device of the modules.
+            dtype: Dtype of the UNet and the text encoders.
+            quantize: Quantization of their linear layers, see `quantize.place`.
+            **text_encoders: text_encoder, and text_encoder_2 if there is one, float32.
         """
         self.name = name
         self.device = device
@@ -101,13 +101,13 @@ class StableDiffusionBase:
         self.size_step: int = self._factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
 
     def sample_shape(self, size: Size | None = None) -> tuple[int, int, int]:
-        """Returns (channels, h, w) of the latents of a picture.
+        """Returns (channels, h, w) of the latents of an image.
 
         Args:
             size: (width, height) in pixels; None means the base's own.
 
         Raises:
-            RecipeError: the base can't work at that size.
+            RecipeError: The base can't work at that size.
         """
         width, height = size or self.size
         step = self.size_step
@@ -123,7 +123,7 @@ class StableDiffusionBase:
         """Encodes a photo with the VAE.
 
         Args:
-            pixels: (1, 3, H, W) in [-1, 1].
+            pixels: The photo, (1, 3, H, W) in [-1, 1].
 
         Returns:
             Mean and standard deviation of the posterior, each (1, c, h, w) float32, times the scaling factor.
@@ -134,16 +134,16 @@ class StableDiffusionBase:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Decodes scaled latents (b, c, h, w) to pictures (b, 3, H, W) float32 in [0, 1]."""
+        """Decodes scaled latents (b, c, h, w) to images (b, 3, H, W) float32 in [0, 1]."""
         unscaled = x0.to(self.device, torch.float32) / self.vae.config["scaling_factor"]
         pixels: Tensor = self.vae.decode(unscaled).sample
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def tokenize(self, text: str) -> tuple[Tensor, str]:
-        """Turns a text into token ids, padded and cut to the text encoder's length.
+        """Tokenizes a text, padded and truncated to the text encoder's length.
 
         Returns:
-            The ids (1, L) int64 on the base's device, and the text that didn't fit ("" if all of it did).
+            The ids (1, L) int64 on the base's device, and the truncated text ("" if there is none).
         """
         length = self.tokenizer.model_max_length
         full = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
@@ -163,12 +163,12 @@ class StableDiffusionBase:
         """Runs the UNet.
 
         Args:
-            noisy: latents (b, c, h, w).
-            timesteps: (b,) int64.
-            condition: as `condition` returns it, with a batch of b.
+            noisy: Noised latents (b, c, h, w).
+            timesteps: Timesteps (b,) int64.
+            condition: Condition as returned by `condition`, with a batch of b.
 
         Returns:
-            The UNet's raw output (b, c, h, w) float32: noise, velocity or picture, as the schedule says.
+            The UNet's raw output (b, c, h, w) float32: noise, velocity or x0, as `schedule().prediction` says.
         """
         output = self.parts["unet"](
             noisy.to(self.device, self.dtype),
@@ -180,7 +180,7 @@ class StableDiffusionBase:
         return prediction
 
     def _arguments(self, condition: Condition, noisy: Tensor) -> dict[str, Any]:
-        """Returns the UNet's arguments besides the noised latents and the time."""
+        """Returns the UNet's arguments besides the noised latents and the timestep."""
         return {name: tensor.to(self.device, self.dtype) for name, tensor in condition.items()}
 
     def schedule(self, size: Size | None = None) -> NoiseSchedule:
@@ -188,47 +188,47 @@ class StableDiffusionBase:
         return self._schedule
 
     def sampler(self, steps: int, size: Size | None = None, skip: int = 0) -> Sampler:
-        """Returns a fresh sampler, of the kind and with the settings that the base ships."""
+        """Returns a new sampler of the class and with the settings of the base's scheduler."""
         return Sampler(self.make_scheduler(), self._schedule, steps, skip, self.device)
 
     def make_scheduler(self) -> Any:
-        """Returns a fresh scheduler of diffusers, of the kind and with the settings that the base ships."""
+        """Returns a new scheduler of diffusers, of the class and with the settings of the base's."""
         return type(self._scheduler).from_config(self._scheduler.config)
 
 
 class ClipVocabulary:
-    """What rare tokens are looked for in: a CLIP tokenizer and the embeddings of its tokens."""
+    """A CLIP tokenizer and its token embeddings, from which rare tokens are chosen."""
 
     def __init__(self, tokenizer: CLIPTokenizer, embeddings: Tensor | None = None) -> None:
-        """Takes the tokenizer, and the embeddings (vocabulary, width) where there are any."""
+        """Takes the tokenizer, and the embeddings (vocabulary, width) if there are any."""
         self._tokenizer, self._embeddings = tokenizer, embeddings
         self.prompt_length: int = tokenizer.model_max_length - 2
 
     def words(self) -> dict[str, int]:
-        """Returns the words that are one token; CLIP writes "</w>" where a word ends."""
-        found = (
+        """Returns word -> token id for words that are a single token; CLIP marks the end of a word with "</w>"."""
+        matches = (
             (_WHOLE_WORD.fullmatch(name), number) for name, number in self._tokenizer.get_vocab().items()
         )
-        return {match[1]: number for match, number in found if match}
+        return {match[1]: number for match, number in matches if match}
 
     def norms(self) -> list[float] | None:
-        """Returns the length of each token's embedding, by its number."""
+        """Returns the norm of each token's embedding, by id."""
         if self._embeddings is None:
             return None
         lengths: list[float] = self._embeddings.detach().float().norm(dim=1).tolist()
         return lengths
 
     def encode(self, text: str) -> list[int]:
-        """Returns a text's tokens, without those for start and end."""
+        """Returns the token ids of a text, without start and end tokens."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def decode(self, tokens: list[int]) -> str:
-        """Returns the text of tokens."""
+        """Returns the text of token ids."""
         return str(self._tokenizer.decode(tokens)).strip()
 
     def special(self) -> set[int]:
-        """Returns the tokens that stand for no text."""
+        """Returns the ids of special tokens."""
         return {self._tokenizer.unk_token_id, *self._tokenizer.all_special_ids}
 
 
@@ -238,15 +238,15 @@ def load(
     """Loads a Stable Diffusion base from safetensors only.
 
     Args:
-        name: what the user called it.
-        location: a folder, or a hub id that diffusers downloads or finds in its cache.
-        device: where to put it.
-        dtype: of the UNet and the text encoder; the weights are read in float32 and then cast, so that the
-            fingerprint doesn't depend on it.
-        quantize: what their linear layers are rounded to, see `quantize.place`.
+        name: Name of the base, as the user specified it.
+        location: A folder, or a hub id that diffusers downloads or reads from its cache.
+        device: Device of the modules.
+        dtype: Dtype of the UNet and the text encoder; the weights are read in float32 and then cast, so that
+            the fingerprint doesn't depend on it.
+        quantize: Quantization of their linear layers, see `quantize.place`.
 
     Raises:
-        BaseModelError: a component is missing or broken, or isn't one of Stable Diffusion's.
+        BaseModelError: A component is missing or broken, or isn't one of Stable Diffusion's.
     """
     models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
     loaded = load_components(name, models, CLIPTokenizer, FAMILIES["sd"].title)
@@ -255,7 +255,7 @@ def load(
 
 
 def padded_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:
-    """Returns a text's token ids (1, L) int64, padded and cut to the tokenizer's length."""
+    """Returns a text's token ids (1, L) int64, padded and truncated to the tokenizer's length."""
     ids: Tensor = tokenizer(
         text,
         padding="max_length",
@@ -267,7 +267,7 @@ def padded_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:
 
 
 def fingerprint(unet: Any, vae: Any, scheduler: Any, **text_encoders: Any) -> str:
-    """Identifies a base; see `loading.fingerprint_of`."""
+    """Returns a base's fingerprint; see `loading.fingerprint_of`."""
     shape = {
         "unet": _pick(unet.config, _UNET_SHAPE),
         **{name: _pick(part.config.to_dict(), _TEXT_SHAPE) for name, part in text_encoders.items()},

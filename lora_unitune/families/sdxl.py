@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, and a UNet with the picture's size as a condition."""
+"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, and a UNet conditioned on the image size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_unitune.families.sd import StableDiffusionBase, padded_ids
 class StableDiffusionXLBase(StableDiffusionBase):
     """A Stable Diffusion XL base in memory; see `families.Base` for what each member means.
 
-    Token ids are those of both tokenizers, one after the other: (1, 2 L).
+    Token ids are those of both tokenizers, concatenated: (1, 2 L).
     """
 
     family = FAMILIES["sdxl"]
@@ -34,16 +34,17 @@ class StableDiffusionXLBase(StableDiffusionBase):
         quantize: str = "none",
         **components: Any,
     ) -> None:
-        """Takes loaded components over, as `StableDiffusionBase` does.
+        """Takes over loaded components, as `StableDiffusionBase` does.
 
         Args:
-            name: a hub id, or a folder's name without its path.
-            text_encoder_2: the larger text encoder, float32.
-            tokenizer_2: its tokenizer, which differs in its padding.
-            zeros_for_empty: whether zeros stand for the empty prompt, as the base's model_index.json says.
-            device: where the modules go.
-            dtype: what the UNet and the text encoders are cast to.
-            quantize: what their linear layers are rounded to.
+            name: A hub id, or a folder's name without its path.
+            text_encoder_2: The larger text encoder, float32.
+            tokenizer_2: Its tokenizer, which differs in its padding.
+            zeros_for_empty: Whether the empty prompt's embedding is zero (force_zeros_for_empty_prompt in
+                model_index.json).
+            device: Device of the modules.
+            dtype: Dtype of the UNet and the text encoders.
+            quantize: Quantization of their linear layers.
             **components: unet, text_encoder, vae, tokenizer and scheduler.
         """
         super().__init__(
@@ -53,25 +54,27 @@ class StableDiffusionXLBase(StableDiffusionBase):
         self._empty = self.tokenize("")[0] if zeros_for_empty else None
 
     def tokenize(self, text: str) -> tuple[Tensor, str]:
-        """Turns a text into the token ids of both encoders (1, 2 L), and the part that didn't fit."""
+        """Returns the token ids of both tokenizers (1, 2 L), and the text that was truncated."""
         ids, cut = super().tokenize(text)
         return torch.cat([ids, padded_ids(self._tokenizer_2, text).to(self.device)], dim=1), cut
 
     def condition(self, prompt: str) -> Condition:
-        """Returns both encoders' last hidden states but one, side by side, and the second's pooled embedding."""
+        """Returns the penultimate hidden states of both encoders, concatenated, and the second's pooled embedding."""
         ids = self.tokenize(prompt)[0]
         first, second = ids.chunk(2, dim=1)
         small = self.parts["text_encoder"](first, output_hidden_states=True)
         large = self.parts["text_encoder_2"](second, output_hidden_states=True)
-        found = {
+        condition = {
             "encoder_hidden_states": torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=2),
             "text_embeds": large.text_embeds,
         }
         is_empty = self._empty is not None and torch.equal(ids, self._empty)
-        return {name: torch.zeros_like(tensor) for name, tensor in found.items()} if is_empty else found
+        return (
+            {name: torch.zeros_like(tensor) for name, tensor in condition.items()} if is_empty else condition
+        )
 
     def _arguments(self, condition: Condition, noisy: Tensor) -> dict[str, Any]:
-        """Returns the condition, and the picture's size: as large as it was, nothing cropped."""
+        """Returns the condition and the size conditioning: the image's own size, without cropping."""
         arguments = super()._arguments(condition, noisy)
         height, width = (side * self._factor for side in noisy.shape[-2:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(arguments["text_embeds"])
@@ -85,7 +88,7 @@ def load(
     """Loads a Stable Diffusion XL base from safetensors only; see `sd.load`.
 
     Raises:
-        BaseModelError: a component is missing or broken, or isn't one of Stable Diffusion XL's.
+        BaseModelError: A component is missing or broken, or isn't one of Stable Diffusion XL's.
     """
     models = {
         "unet": UNet2DConditionModel,

@@ -1,1 +1,1 @@
-"""A photo's pixels; no model."""
+"""Reading and resizing of photos; independent of any model."""

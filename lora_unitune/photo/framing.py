@@ -1,4 +1,4 @@
-"""The photo at its own size -> the size at which a base works on it."""
+"""Resizing and cropping of a photo to a size that a base can process."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from lora_unitune.settings import PhotoSettings
 SMALLEST_SIDE = 16  # pixels
 LARGEST_ENLARGEMENT = 4
 LONGEST_SHAPE = 2.0
-"""Of a photo that is longer than 2 : 1 the centre is used."""
+"""Largest aspect ratio; longer photos are cropped to their center."""
 _STRETCH = math.log(1.15)
-"""Up to this much of a difference in shape a photo is fitted whole; with more, its centre is cut out."""
-_SHAPE_WEIGHT = 2.0  # how much more a difference in shape counts than one in the number of pixels
+"""Largest difference in aspect ratio (log) for which a photo is resized without cropping."""
+_SHAPE_WEIGHT = 2.0  # weight of a difference in aspect ratio against one in the number of pixels
 
 
 def choose_size(
     photo: tuple[int, int], settings: PhotoSettings, own: tuple[int, int], step: int
 ) -> tuple[int, int]:
-    """Chooses the size at which a base works on a photo: whole, in its own shape, at the base's pixels.
+    """Chooses the size at which a base processes a photo: near its aspect ratio and the base's number of pixels.
 
-    Both sides are multiples of the base's step; among those sizes, near to the wanted number of pixels, it is
-    the one that is nearest in shape and in pixels (aspect-ratio buckets, as NovelAI described them in 2022).
+    Both sides are multiples of the base's step; the chosen size is the nearest in
+    aspect ratio and number of pixels (aspect-ratio buckets, as NovelAI described them in 2022).
 
     Args:
         photo: (width, height) of the photo.
         settings: An exact size, or a number of pixels, or neither.
         own: (width, height) that the base was trained at.
-        step: What a side must be a multiple of.
+        step: Number of pixels that each side has to be a multiple of.
 
     Returns:
-        (width, height) in pixels. An exact size is returned as it is; the base says whether it can.
+        (width, height) in pixels. An exact size is returned unchecked; the base refuses unsupported ones.
     """
     if settings.exact:
         return settings.exact
@@ -53,16 +53,16 @@ def choose_size(
 
 
 def frame(photo: Photo, size: tuple[int, int]) -> Photo:
-    """Brings a photo to the size at which a base works on it, with notes on what that changed.
+    """Resizes a photo to the size at which a base processes it, with notes on the changes.
 
-    A photo of nearly that shape is resized whole; of another, the largest part of that shape in its centre is.
+    A photo of nearly that aspect ratio is resized without cropping; another is center-cropped first.
 
     Args:
-        photo: At its own size.
+        photo: The photo, at its own size.
         size: (width, height) in pixels.
 
     Raises:
-        PhotoError: The photo is far too small.
+        PhotoError: The photo is smaller than a quarter of the size, or than 16 pixels.
     """
     width, height = photo.image.size
     needed = [max(SMALLEST_SIDE, -(-side // LARGEST_ENLARGEMENT)) for side in size]

@@ -1,4 +1,4 @@
-"""Any image file or PIL image -> upright sRGB at its own size."""
+"""Reading of image files and PIL images as upright sRGB."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
 
-# What Pillow's decoders raise on damaged files.
+# Exceptions of Pillow's decoders on damaged files.
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -40,9 +40,9 @@ class Photo:
     """A photo, upright and in sRGB.
 
     Attributes:
-        image: RGB, at its own size, or at the one it was framed to.
+        image: The pixels, RGB, at the original size or resized by `frame`.
         source: Path of its file, or "PIL image".
-        notes: What was done to it that its owner may want to know, one sentence each.
+        notes: Notes for the user on what was changed, one sentence each.
     """
 
     image: Image.Image
@@ -51,23 +51,23 @@ class Photo:
 
     @cached_property
     def digest(self) -> str:
-        """32 hexadecimal digits that change with its size and its pixels: by them a file knows its photo."""
-        found = hashlib.sha256(f"{self.image.width}x{self.image.height}".encode())
-        found.update(self.image.tobytes())
-        return found.hexdigest()[:32]
+        """32 hexadecimal digits of a SHA-256 of its size and pixels, by which an adapter recognizes its photo."""
+        digest = hashlib.sha256(f"{self.image.width}x{self.image.height}".encode())
+        digest.update(self.image.tobytes())
+        return digest.hexdigest()[:32]
 
 
 def load_photo(source: str | Path | Image.Image) -> Photo:
-    """Reads a photo and turns it upright.
+    """Reads a photo, upright and in sRGB.
 
     Args:
         source: Path of an image file, or a PIL image.
 
     Returns:
-        The photo at its own size, with a note for each thing that was left out or made up.
+        The photo at its own size, with a note for each change.
 
     Raises:
-        PhotoError: It isn't there, isn't an image, is damaged, or too large to decode safely.
+        PhotoError: The file doesn't exist, isn't an image, is damaged, or is too large to decode safely.
     """
     name = "PIL image" if isinstance(source, Image.Image) else str(source)
     notes: list[str] = []
@@ -116,7 +116,7 @@ def _upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         image.seek(0)
-        if image.format != "MPO":  # a phone's JPEG with a preview inside
+        if image.format != "MPO":  # a phone's JPEG with an embedded preview
             notes.append(f"the first of {frames} frames is used")
     image.load()
     profile = image.info.get("icc_profile")
@@ -130,7 +130,7 @@ def _upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _without_depth(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Brings 16- and 32-bit greys down to 8 bits; other images pass."""
+    """Converts 16- and 32-bit grayscale images to 8 bits; returns others unchanged."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image).astype(np.float64)
@@ -140,7 +140,7 @@ def _without_depth(image: Image.Image, notes: list[str]) -> Image.Image:
         values = values * (255.0 if values.max() <= 1.0 else 1.0)
     elif image.mode.startswith("I;16") or values.max() > 255:
         values = values / 257.0
-    notes.append(f"its deeper greys ({image.mode}) are rounded to 8 bits")
+    notes.append(f"its grayscale values ({image.mode}) are rounded to 8 bits")
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 

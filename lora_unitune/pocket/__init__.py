@@ -1,1 +1,1 @@
-"""The embedded base: a small Stable-Diffusion-layout pipeline, and the drawn world it was trained on."""
+"""The bundled base: a small pipeline in Stable Diffusion's layout, and the synthetic scenes it was trained on."""

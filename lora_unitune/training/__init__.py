@@ -1,1 +1,1 @@
-"""The fit: photo and base -> adapter."""
+"""Training: photo and base -> adapter."""

@@ -41,32 +41,32 @@ def fit(
     on_step: OnStep | None = None,
     on_note: OnNote | None = None,
 ) -> Adapter:
-    """Fits a photo: teaches a base to draw it for a few rare tokens.
+    """Fits a photo: trains adapters so that the base reproduces it for a few rare tokens.
 
     Args:
-        photo: An image file, or a PIL image.
+        photo: Path of an image file, or a PIL image.
         base: "pocket", a folder, a hub id, or a base in memory, which is restored bit for bit.
         recipe: A recipe, its name or its file; None takes the base's default.
-        overrides: Single settings, such as "fit.steps=50".
-        seed: Of everything that is drawn; the same seed gives the same tensors.
-        device: Where a base given by name is loaded: "auto", "cpu", "cuda" or "mps".
-        embed_photo: Keep the photo's latents in the adapter, so that edits can start from them.
-        start: An adapter to go on from, instead of one that changes nothing; its ranks, alphas, targets and
-            rare tokens are used.
-        on_step: Called after each step.
-        on_note: Called with what a person may want to know: what was done to the photo, or that memory ran out
-            and the fit goes on with less.
+        overrides: Changes of single settings, such as "fit.steps=50".
+        seed: Seed of all randomness; the same seed gives the same tensors.
+        device: Device of a base that is loaded by name: "auto", "cpu", "cuda" or "mps".
+        embed_photo: Whether to store the photo's latents in the adapter, so that edits can start from them.
+        start: An adapter to continue from, instead of a new one; its ranks, alphas, targets and rare tokens are
+            used.
+        on_step: Callback after each step.
+        on_note: Callback for notes to the user: changes of the photo, or that memory ran out and the fit
+            continues with less.
 
     Returns:
         The adapter, in memory, with the loss of each step as its `history`; `Adapter.save` writes it.
 
     Raises:
-        UnituneError: Its kind says what is wrong with what was given, or that the fit can't go on.
+        UnituneError: An argument is invalid, or the fit can't continue; the subclass says which.
     """
     if not 0 <= seed < 2**63:
         raise SettingError(f"seed = {seed} isn't allowed; give a whole number from 0 to 2**63 - 1")
     read = load_photo(photo)
-    settings = _going_on(_settings(recipe, base, overrides), start)
+    settings = _continued(_settings(recipe, base, overrides), start)
     loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, str) else base
     if settings.fit.quantize not in ("none", loaded.quantized):
         raise SettingError(
@@ -110,13 +110,13 @@ def fit(
 
 
 def _as_saved(tensor: Tensor) -> Tensor:
-    """Rounds to the half precision of an adapter file, so that saving and loading changes nothing."""
+    """Rounds to float16, as in an adapter file, so that saving and loading changes nothing."""
     return tensor.half().float()
 
 
 @contextlib.contextmanager
 def _trainable(base: Base, recipe: Recipe, generator: torch.Generator) -> Iterator[None]:
-    """Makes the base trainable as the recipe says, and restores it bit for bit, whatever happens."""
+    """Makes the base trainable according to the recipe, and finally restores it bit for bit."""
     layers.detach(base)
     if recipe.fit.method == "full":
         with _full_weights(base, recipe.lora):
@@ -174,12 +174,12 @@ def _settings(recipe: Recipe | str | None, base: str | Base, overrides: Sequence
     return replace(recipe, lora=lora)
 
 
-def _going_on(recipe: Recipe, start: Adapter | None) -> Recipe:
-    """Returns the recipe of a fit that goes on from an adapter: its layers, and its rare tokens."""
+def _continued(recipe: Recipe, start: Adapter | None) -> Recipe:
+    """Returns the recipe of a fit that continues from an adapter, with its layers and rare tokens."""
     if start is None:
         return recipe
     if "full" in (recipe.fit.method, start.recipe.fit.method):
-        raise SettingError("a fit can go on from an adapter of method 'lora' only, and with that method")
+        raise SettingError("a fit can continue from an adapter of method 'lora' only, and with that method")
     tokens = recipe.prompt.rare_tokens or start.rare_tokens
     lora = {
         part: replace(start.recipe.lora.get(part, LoraSettings(0)), learning_rate=each.learning_rate)
@@ -189,7 +189,7 @@ def _going_on(recipe: Recipe, start: Adapter | None) -> Recipe:
 
 
 def _load_for_fit(name: str, settings: FitSettings, device: str) -> Base:
-    """Loads a base in the precision its frozen weights need: the fit's own on a GPU, float32 elsewhere."""
+    """Loads a base in the precision of its frozen weights: the fit's on a GPU, float32 elsewhere."""
     if settings.method == "full" and settings.quantize != "none":
         raise SettingError("fit.quantize is for method 'lora': rounded weights can't be trained; use none")
     target = resolve_device(device)

@@ -1,4 +1,4 @@
-"""The training loop: pairs (noised photo, rare tokens) -> whatever is trainable in the base."""
+"""The training loop, on pairs (noised photo, rare tokens)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from lora_unitune.training.optimizers import make_optimizer
 from lora_unitune.training.prepare import Prepared
 
 OnStep = Callable[[int, int, float], None]
-"""Called after each optimizer step with the step (from 1), the number of steps, and the step's loss."""
+"""Callback after each optimizer step, with the step (from 1), the number of steps, and the step's loss."""
 
 OnNote = Callable[[str], None]
-"""Called with a sentence that a person may want to know."""
+"""Callback for notes to the user, one sentence each."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What a training did.
+    """The result of a training run.
 
     Attributes:
-        losses: Of each step.
-        seconds: In all.
+        losses: Loss of each step.
+        seconds: Total duration in seconds.
     """
 
     losses: tuple[float, ...]
@@ -51,37 +51,37 @@ def train(
     on_step: OnStep | None = None,
     on_note: OnNote | None = None,
 ) -> History:
-    """Trains whatever requires gradients in the base on pairs (noised photo, rare tokens).
+    """Trains all parameters of the base that require gradients on pairs (noised photo, rare tokens).
 
-    A step draws everything for its whole batch at once, so gradient accumulation changes nothing but memory.
-    Where memory runs out, the step is done again with less of it: activations are recomputed, then fewer
-    noised copies go through at a time.
+    A step draws all random numbers for its whole batch at once, so gradient accumulation changes only memory use.
+    When memory runs out, the step is repeated with less: first with gradient checkpointing, then with smaller
+    micro-batches.
 
     Args:
-        prepared: The photo's moments, its size and the rare tokens.
-        base: With adapters attached, or with its own weights made trainable.
-        recipe: `fit`, and the learning rates of `lora`.
-        generator: Draws the posterior samples, the noise and the noise levels, on the CPU.
-        on_step: Called after each step.
-        on_note: Called when memory runs out and the fit goes on with less.
+        prepared: The photo's posterior, its size and the rare tokens.
+        base: The base, with adapters attached or with its own weights made trainable.
+        recipe: The recipe, whose `fit` and learning rates of `lora` are used.
+        generator: Generator of the posterior samples, the noise and the noise levels, on the CPU.
+        on_step: Callback after each step.
+        on_note: Callback when memory runs out and the fit continues with less.
 
     Raises:
-        FitError: The loss is no longer finite, or memory doesn't suffice for one noised copy.
-        SettingError: The device can't do the precision asked for.
+        FitError: The loss is no longer finite, or there isn't enough memory for one noised copy.
+        SettingError: The device doesn't support the precision.
     """
     settings, parameters = recipe.fit, layers.trainable_parameters(base)
     accelerator = _accelerator(settings, base.device)
     groups: list[dict[str, Any]] = [
-        {"params": found, "lr": recipe.lora[part].learning_rate} for part, found in parameters.items()
+        {"params": trained, "lr": recipe.lora[part].learning_rate} for part, trained in parameters.items()
     ]
     optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    trained = [parameter for group in groups for parameter in group["params"]]
-    learns_words = bool(parameters.keys() - {base.family.denoiser})
-    condition = _prompt_condition(prepared, base, accelerator, trained=learns_words)
+    weights = [parameter for group in groups for parameter in group["params"]]
+    trains_encoder = bool(parameters.keys() - {base.family.denoiser})
+    condition = _prompt_condition(prepared, base, accelerator, trained=trains_encoder)
     schedule = base.schedule(prepared.size)
     others = [part for name, part in base.parts.items() if name != base.family.denoiser]
-    idle = [*base.frozen.values(), *([] if learns_words else others)]
+    idle = [*base.frozen.values(), *([] if trains_encoder else others)]
 
     def take_step() -> float:
         loss = 0.0
@@ -91,7 +91,7 @@ def train(
                     error = denoising_error(base, schedule, clean, noise, index, condition())
                 accelerator.backward(error)
                 if accelerator.sync_gradients and settings.max_gradient_norm > 0:
-                    accelerator.clip_grad_norm_(trained, settings.max_gradient_norm)
+                    accelerator.clip_grad_norm_(weights, settings.max_gradient_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 loss += error.item() / settings.gradient_accumulation
@@ -107,7 +107,7 @@ def train(
             if loss is None:
                 settings, note = with_less_memory(settings, len(losses))
                 recompute(settings.gradient_checkpointing)
-                for parameter in trained:
+                for parameter in weights:
                     parameter.grad = None
                 generator.set_state(before)
                 accelerator.step, accelerator.gradient_accumulation_steps = 0, settings.gradient_accumulation
@@ -119,7 +119,7 @@ def train(
             losses.append(loss)
             if on_step is not None:
                 on_step(len(losses), settings.steps, loss)
-    optimizer.state.clear()  # accelerate's references to it form a cycle, which keeps twice the model alive
+    optimizer.state.clear()  # accelerate's reference cycle would keep it, twice the size of the weights, in memory
     return History(tuple(losses), time.perf_counter() - started)
 
 
@@ -129,12 +129,12 @@ def denoising_error(
     """Returns the mean squared error of the base's prediction (arXiv 2006.11239, equation 14), a scalar.
 
     Args:
-        base: That predicts.
-        schedule: Its noise levels.
+        base: The base.
+        schedule: The base's noise levels.
         clean: x0, (b, c, h, w).
-        noise: Standard normal, same shape.
-        index: Of the noise levels, (b,) int64 on the CPU.
-        condition: Of the prompt, with a batch of 1.
+        noise: Standard normal noise, same shape.
+        index: Indices of the noise levels, (b,) int64 on the CPU.
+        condition: Condition of the prompt, with a batch of 1.
     """
     noisy, count = schedule.add_noise(clean, noise, index), len(clean)
     prediction = base.predict(noisy, schedule.timesteps[index].to(base.device), expanded(condition, count))
@@ -146,7 +146,7 @@ def precision_for(name: str, device: torch.device) -> str:
     """Returns accelerate's name of a precision; "auto" is bf16 or fp16 on CUDA, fp32 elsewhere.
 
     Raises:
-        SettingError: The device can't do it.
+        SettingError: The device doesn't support it.
     """
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if name == "auto":
@@ -167,9 +167,9 @@ def _micro_batches(
     generator: torch.Generator,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Draws one optimizer step's x0, noise and levels, and yields them a forward pass at a time.
+    """Draws x0, noise and levels of one optimizer step, and yields them in micro-batches.
 
-    x0 are fresh samples of the photo's posterior (arXiv 2112.10752, section 3.1).
+    x0 are new samples of the photo's posterior (arXiv 2112.10752, section 3.1).
     """
     batch = settings.batch_size * settings.gradient_accumulation
     shape = (batch, *prepared.mean.shape[1:])
@@ -184,7 +184,7 @@ def _micro_batches(
 def _prompt_condition(
     prepared: Prepared, base: Base, accelerator: Accelerator, trained: bool
 ) -> Callable[[], Condition]:
-    """Returns a function that computes the rare tokens' condition, once if training doesn't change it."""
+    """Returns a function that computes the rare tokens' condition; cached if training doesn't change it."""
     if trained:
         return lambda: base.condition(prepared.rare_tokens)
     with torch.no_grad(), accelerator.autocast():
@@ -193,7 +193,7 @@ def _prompt_condition(
 
 
 def _set_rates(optimizer: Any, groups: list[dict[str, Any]], step: int, settings: FitSettings) -> None:
-    """Sets the learning rates of a step, from 0: a linear rise at first, a linear fall at the end."""
+    """Sets the learning rates of a step, counted from 0: linear warm-up and linear decay."""
     factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
     if settings.decay_share > 0:
         factor = min(factor, (settings.steps - step) / (settings.decay_share * settings.steps))
@@ -210,9 +210,9 @@ def _check_loss(loss: float, step: int, recipe: Recipe) -> None:
 
 
 def _accelerator(settings: FitSettings, device: torch.device) -> Accelerator:
-    """Returns a fresh Accelerator for this fit's precision and accumulation.
+    """Returns a new Accelerator for this fit's precision and accumulation.
 
-    accelerate keeps one global state and refuses to change it, while each fit may differ: so it starts over.
+    accelerate keeps one global state and refuses to change it, so it is reset for each fit.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(

@@ -1,4 +1,4 @@
-"""A device's memory during a fit: modules that aren't needed are offloaded, and steps take less when it runs out."""
+"""A device's memory during a fit: offloading of unused modules, and smaller steps when memory runs out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_unitune.settings import FitSettings
 
 @contextlib.contextmanager
 def offloaded(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside the `with` block, modules that it doesn't need are on the CPU, out of the device's memory."""
+    """Inside the `with` block, unused modules are offloaded to the CPU."""
     try:
         for module in modules:
             module.to("cpu")
@@ -28,9 +28,9 @@ def offloaded(modules: Sequence[torch.nn.Module], device: torch.device) -> Itera
 
 @contextlib.contextmanager
 def checkpointing(base: Base, wanted: bool) -> Iterator[Callable[[bool], None]]:
-    """Recomputes activations in the backward pass instead of keeping them (arXiv 1604.06174), if wanted.
+    """Gradient checkpointing: recomputes activations in the backward pass (arXiv 1604.06174).
 
-    The `with` block gets a function that switches it.
+    Yields a function that switches it on or off; it is switched off at the end.
     """
     denoiser: Any = base.parts[base.family.denoiser]
 
@@ -48,7 +48,7 @@ def checkpointing(base: Base, wanted: bool) -> Iterator[Callable[[bool], None]]:
 
 
 def unless_out_of_memory(work: Callable[[], float]) -> float | None:
-    """Returns what some work returns, or None if memory runs out; what the work held is free by then."""
+    """Calls a function and returns its result, or None if memory runs out; its memory is freed by then."""
     try:
         return work()
     except torch.OutOfMemoryError:
@@ -56,21 +56,21 @@ def unless_out_of_memory(work: Callable[[], float]) -> float | None:
 
 
 def with_less_memory(settings: FitSettings, step: int) -> tuple[FitSettings, str]:
-    """Returns settings that need less memory for the same result, and a note on them.
+    """Returns settings that need less memory for the same result, and a note for the user.
 
     Raises:
-        FitError: there are none.
+        FitError: Memory can't be reduced any further.
     """
-    said = f"memory ran out at step {step + 1}"
+    reason = f"memory ran out at step {step + 1}"
     if not settings.gradient_checkpointing:
         changed = replace(settings, gradient_checkpointing=True)
-        return changed, f"{said}: the fit goes on, slower, with activations recomputed"
+        return changed, f"{reason}: the fit continues, slower, with activations recomputed"
     if settings.batch_size == 1:
         raise FitError(
-            f"{said} with one noised copy at a time and activations recomputed; lower photo.size or the "
+            f"{reason} with one noised copy at a time and activations recomputed; lower photo.size or the "
             "ranks, close other programs, or pass device='cpu'"
         )
     size = next(n for n in range(settings.batch_size - 1, 0, -1) if settings.batch_size % n == 0)
     parts = settings.gradient_accumulation * settings.batch_size // size
     changed = replace(settings, batch_size=size, gradient_accumulation=parts)
-    return changed, f"{said}: the fit goes on with {size} noised copies at a time, {parts} times a step"
+    return changed, f"{reason}: the fit continues with {size} noised copies at a time, {parts} times a step"

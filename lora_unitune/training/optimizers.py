@@ -1,4 +1,4 @@
-"""A name -> an optimizer."""
+"""Optimizers by name."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def _paged_adamw8bit(groups: Groups, weight_decay: float) -> Optimizer:
 
 
 _LARGE = 50_000_000
-"""Trained numbers from which 8-bit state saves memory that counts: .3 GB. Adapters stay far below."""
+"""Number of trained parameters from which 8-bit state saves considerable memory (0.3 GB); adapters have far fewer."""
 
 
 def best_for(devices: set[str], count: int) -> str:
-    """Returns what "auto" stands for: 8-bit state for many weights on a GPU, where it is installed.
+    """Returns the optimizer of "auto": 8-bit state for many parameters on a GPU, if bitsandbytes is installed.
 
     Args:
-        devices: kinds of device that the parameters are on.
-        count: of trained numbers.
+        devices: Device types of the parameters.
+        count: Number of trained parameters.
     """
     pays = devices == {"cuda"} and count >= _LARGE
     return "adamw8bit" if pays and importlib.util.find_spec("bitsandbytes") else "adamw"
 
 
 def _auto(groups: Groups, weight_decay: float) -> Optimizer:
-    """What suits the device and the number of parameters."""
+    """The optimizer of `best_for`."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     devices = {parameter.device.type for parameter in parameters}
     return _MAKERS[best_for(devices, sum(p.numel() for p in parameters))](groups, weight_decay)
@@ -69,20 +69,20 @@ _MAKERS: dict[str, Callable[[Groups, float], Optimizer]] = {
 }
 
 OPTIMIZERS: tuple[str, ...] = tuple(_MAKERS)
-"""The names `make_optimizer` knows."""
+"""The names that `make_optimizer` accepts."""
 
 
 def make_optimizer(name: str, groups: Groups, weight_decay: float = 0.0) -> Optimizer:
     """Builds an optimizer.
 
     Args:
-        name: one of `OPTIMIZERS`.
-        groups: dictionaries with "params" and their learning rate "lr".
-        weight_decay: decoupled, per step and learning rate (for sgd: an L2 penalty).
+        name: One of `OPTIMIZERS`.
+        groups: Parameter groups with "params" and "lr".
+        weight_decay: Decoupled weight decay (for sgd: an L2 penalty).
 
     Raises:
-        SettingError: the name is unknown, or its library isn't installed.
-        DeviceError: its library doesn't support the parameters' device.
+        SettingError: The name is unknown, or its library isn't installed.
+        DeviceError: The library doesn't support the parameters' device.
     """
     if name not in _MAKERS:
         raise SettingError(f"fit.optimizer = '{name}' is unknown; choose one of {', '.join(OPTIMIZERS)}")
@@ -90,13 +90,13 @@ def make_optimizer(name: str, groups: Groups, weight_decay: float = 0.0) -> Opti
 
 
 def _bitsandbytes(name: str, groups: Groups) -> Any:
-    """Imports bitsandbytes' optimizers when the device can use them.
+    """Imports bitsandbytes' optimizers if they support the device.
 
     bitsandbytes keeps the state of tensors under 4,096 elements in 32 bits.
 
     Raises:
-        SettingError: bitsandbytes isn't installed or can't start.
-        DeviceError: it has nothing for this device.
+        SettingError: bitsandbytes isn't installed or can't be imported.
+        DeviceError: bitsandbytes doesn't support the device.
     """
     for device in {parameter.device.type for group in groups for parameter in group["params"]}:
         if device not in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""Photo and base -> everything the fit needs of them, computed once."""
+"""Preprocessing of a fit: the encoded photo and the rare tokens, computed once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_unitune.training.rare_tokens import check_rare_tokens, find_rare_token
 
 @dataclass(frozen=True)
 class Prepared:
-    """A photo and its rare tokens as the base sees them; tensors are on the CPU.
+    """An encoded photo and its rare tokens; tensors are on the CPU.
 
     Attributes:
-        mean: Mean of the photo's x0, (1, c, h, w) float32.
-        std: Its standard deviation, same shape.
+        mean: Mean of the posterior of the photo's x0, (1, c, h, w) float32.
+        std: Standard deviation of the posterior, same shape.
         rare_tokens: The words that stand for the photo, separated by spaces.
         size: (width, height) of the photo in pixels.
     """
@@ -31,16 +31,16 @@ class Prepared:
 
 
 def prepare(photo: Photo, recipe: Recipe, base: Base) -> Prepared:
-    """Encodes the photo and decides on the rare tokens.
+    """Encodes the photo and chooses the rare tokens.
 
     Args:
-        photo: At a size the base can work at.
-        recipe: `prompt` says which rare tokens to use, or how many to find.
+        photo: The photo, at a size that the base supports.
+        recipe: The recipe, whose `prompt` sets the rare tokens or their number.
         base: The base to fit.
 
     Raises:
         PromptError: The rare tokens aren't usable with the base's tokenizer.
-        RecipeError: The base can't work at the photo's size.
+        RecipeError: The base doesn't support the photo's size.
     """
     base.sample_shape(photo.image.size)
     rare_tokens = choose_rare_tokens(recipe, base)
@@ -52,7 +52,7 @@ def prepare(photo: Photo, recipe: Recipe, base: Base) -> Prepared:
 
 
 def choose_rare_tokens(recipe: Recipe, base: Base) -> str:
-    """Returns the recipe's rare tokens after a check, or finds some in the base's own vocabulary.
+    """Returns the recipe's rare tokens after a check, or chooses some from the base's vocabulary.
 
     Raises:
         PromptError: The recipe's tokens aren't usable with the base's tokenizer.

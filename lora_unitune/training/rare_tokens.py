@@ -1,8 +1,8 @@
-"""A vocabulary -> rare tokens: short words a base has no strong association with (UniTune, arXiv 2210.09477).
+"""Rare tokens: short words that a base has no strong association with (UniTune, arXiv 2210.09477).
 
-A tokenizer of byte pairs numbers its tokens in the order its merges were learned, from frequent to rare, and a token
-that training hardly ever met keeps an embedding close to where it started, which is short.
-The first ranks tokens, the second says which of them training met.
+A BPE tokenizer numbers its tokens in the order of its merges, from frequent to rare, which ranks them. A token
+that hardly occurred in training keeps an embedding of small norm, close to its initialization, which identifies
+the untrained ones.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ _VOWELS = frozenset("aeiouy")
 
 
 def rank_rare_tokens(vocabulary: Vocabulary, limit: int = 50) -> list[str]:
-    """Lists a vocabulary's rare tokens, the rarest first.
+    """Returns a vocabulary's rare tokens, the rarest first.
 
-    Kept are words of 3 to 5 lowercase letters that are one token and come back unchanged from encoding and
-    decoding. Where there are embeddings, the longer half of them is left out: those are words that training
-    met. Of the rest, late vocabulary positions go first, and strings that can't be spoken get a start over
-    those that look like words.
+    Candidates are words of 3 to 5 lowercase letters that are a single token and survive encoding and decoding.
+    If there are embeddings, the half with larger norms is excluded, as trained. The rest is ranked by vocabulary
+    position, last first, with unpronounceable strings moved ahead of word-like ones.
 
     Args:
-        vocabulary: The base's.
-        limit: How many to return at most.
+        vocabulary: The base's vocabulary.
+        limit: Maximum number of tokens.
 
     Returns:
         The tokens as plain words.
@@ -56,36 +55,36 @@ def find_rare_tokens(vocabulary: Vocabulary, count: int = 2) -> str:
     """Chooses rare tokens to stand for a photo.
 
     Args:
-        vocabulary: The base's.
-        count: How many tokens.
+        vocabulary: The base's vocabulary.
+        count: Number of tokens.
 
     Returns:
         The tokens, joined by spaces.
 
     Raises:
-        PromptError: The vocabulary hasn't that many.
+        PromptError: The vocabulary has fewer rare tokens.
     """
-    found = rank_rare_tokens(vocabulary, limit=count)
-    if len(found) < count:
+    tokens = rank_rare_tokens(vocabulary, limit=count)
+    if len(tokens) < count:
         raise PromptError(
-            f"{count} rare tokens are asked for and the base's tokenizer has {len(found)}; lower "
+            f"{count} rare tokens are asked for and the base's tokenizer has {len(tokens)}; lower "
             "prompt.rare_token_count or choose your own with prompt.rare_tokens"
         )
-    return " ".join(found)
+    return " ".join(tokens)
 
 
 def check_rare_tokens(vocabulary: Vocabulary, text: str) -> str:
-    """Checks rare tokens that a person chose.
+    """Checks rare tokens chosen by the user.
 
     Args:
-        vocabulary: The base's.
+        vocabulary: The base's vocabulary.
         text: One or more words; each may be several tokens.
 
     Returns:
         The text with single spaces between its words.
 
     Raises:
-        PromptError: There is no word, the tokenizer changes it, or it leaves too few tokens for a prompt.
+        PromptError: There is no word, the tokenizer changes one, or they leave too few tokens for a prompt.
     """
     words = text.split()
     if not words:
@@ -110,6 +109,6 @@ def check_rare_tokens(vocabulary: Vocabulary, text: str) -> str:
 
 
 def _looks_like_a_word(text: str) -> bool:
-    """Says whether letters could be spoken: with a vowel, and nowhere three consonants in a row."""
+    """Returns whether a string is pronounceable: it has a vowel, and no three consonants in a row."""
     shape = "".join("v" if letter in _VOWELS else "c" for letter in text)
     return "v" in shape and "ccc" not in shape

@@ -1,4 +1,4 @@
-"""The adapter file: what is saved comes back, diffusers reads it, and a bad file is one clear line."""
+"""The adapter file: saving and loading is lossless, diffusers reads it, and a bad file raises one clear line."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_photo_can_be_left_out(adapter: Adapter, tmp_path: Path) -> None:
     assert PHOTO_KEY not in load_file(path)
 
 
-def test_describe_tells_what_is_inside_as_json(adapter: Adapter, saved: Path) -> None:
+def test_describe_returns_the_content_as_json(adapter: Adapter, saved: Path) -> None:
     described = json.loads(json.dumps(describe(saved)))
     assert described["base"] == adapter.base
     assert described["fingerprint"] == adapter.fingerprint
@@ -159,7 +159,7 @@ def test_a_failed_save_leaves_nothing(adapter: Adapter, tmp_path: Path) -> None:
 
 def test_an_existing_file_stays_unless_overwriting_is_allowed(adapter: Adapter, saved: Path) -> None:
     content = saved.read_bytes()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         adapter.save(saved)
     assert saved.read_bytes() == content
     adapter.save(saved, overwrite=True)
@@ -168,7 +168,7 @@ def test_an_existing_file_stays_unless_overwriting_is_allowed(adapter: Adapter, 
 def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, str], dict[str, Any]], None]) -> Path:
     """Writes a changed copy of an adapter file.
 
-    `change` gets the tensors, the header entries, and the lora_unitune entry, decoded.
+    `change` modifies the tensors, the header entries, and the decoded lora_unitune entry.
     """
     tensors, metadata = load_file(path), metadata_of(path)
     own = json.loads(metadata["lora_unitune"])
@@ -333,7 +333,7 @@ def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
     ("tensors", "message"),
     [
         ({"lora_unet_x.alpha": torch.ones(1)}, "of a layer that Stable Diffusion"),
-        ({"model.weight": torch.ones(2, 2)}, "none of a LoRA adapter"),
+        ({"model.weight": torch.ones(2, 2)}, "doesn.t belong to a LoRA adapter"),
         ({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}, "adapts no unet"),
         ({"unet.to_q.lora_A.weight": torch.ones(2, 2)}, "is missing"),
         ({"unet.to_q.lora_A.weight": torch.ones(2000, 2)}, "can't hold"),
@@ -355,7 +355,7 @@ def test_another_tools_file_that_is_no_adapter_is_refused(
         Adapter.load(tmp_path / "foreign.safetensors")
 
 
-def test_a_librarys_words_about_a_file_are_safe_to_print(adapter: Adapter, tmp_path: Path) -> None:
+def test_library_messages_about_a_file_are_safe_to_print(adapter: Adapter, tmp_path: Path) -> None:
     path = tmp_path / "photo.safetensors"
     adapter.save(path)
     path.write_bytes(path.read_bytes().replace(b'"F16"', b'"F\x7f6"', 1))
@@ -379,7 +379,7 @@ def test_a_3_to_2_photo_keeps_its_size_and_its_digest(base15: Base, tmp_path: Pa
         assert "digest" in describe(path)["privacy"]
 
 
-def test_the_rare_tokens_can_be_said_when_opening(adapter: Adapter, saved: Path) -> None:
+def test_a_trigger_replaces_the_rare_tokens(adapter: Adapter, saved: Path) -> None:
     assert Adapter.load(saved, " a  red   fox ").rare_tokens == "a red fox"
     assert Adapter.load(saved, "  ").rare_tokens == adapter.rare_tokens
     with pytest.raises(SettingError, match="trigger = "):
@@ -412,7 +412,7 @@ def test_headers_are_read_without_torch(adapter: Adapter, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_alphas_are_read_in_every_number_format(adapter: Adapter, tmp_path: Path, dtype: Any) -> None:
+def test_alphas_are_read_in_every_dtype(adapter: Adapter, tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "photo.safetensors"
     adapter.save(path, layout="kohya")
     tensors = {key: t.to(dtype) if key.endswith(".alpha") else t for key, t in load_file(path).items()}
@@ -420,7 +420,7 @@ def test_alphas_are_read_in_every_number_format(adapter: Adapter, tmp_path: Path
     assert [Adapter.load(path).scale_of(part) for part in adapter.parts] == [2.5, 1.5]
 
 
-def test_a_header_that_lies_about_places_is_refused_before_tensors_are_read(saved: Path) -> None:
+def test_wrong_offsets_in_a_header_are_refused_before_tensors_are_read(saved: Path) -> None:
     content = saved.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header, body = json.loads(content[8:end]), content[end:]
@@ -446,5 +446,5 @@ def test_a_header_that_lies_about_places_is_refused_before_tensors_are_read(save
                 pytest.fail(name)
     twice = json.dumps(header)[:-1].encode() + b', "__metadata__": {}}'
     saved.write_bytes(len(twice).to_bytes(8, "little") + twice + body)
-    with pytest.raises(AdapterFileError, match="a name twice"):
+    with pytest.raises(AdapterFileError, match="a duplicate name"):
         describe(saved)

@@ -1,4 +1,4 @@
-"""Adapters leave no trace, and are named and scaled as diffusers does it."""
+"""Adapters are removed without a trace, and are named and scaled as in diffusers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def attach_random(base: Base, lora: Lora, seed: int = 0) -> dict[str, torch.Tens
 
 
 @torch.no_grad()
-def answer(base: Base) -> torch.Tensor:
-    """One deterministic pass through text encoder and UNet."""
+def output(base: Base) -> torch.Tensor:
+    """One deterministic forward pass through text encoder and UNet."""
     latents = torch.randn(1, 4, 16, 16, generator=seeded(9))
     return base.predict(latents, torch.tensor([500]), base.condition("a red fox"))
 
@@ -63,22 +63,22 @@ def base(request: pytest.FixtureRequest) -> Base:
 @pytest.mark.parametrize("lora", [{}, WITH_CONVOLUTIONS])
 def test_detaching_leaves_the_original_objects_and_weights(base: Base, lora: Lora) -> None:
     before, weights = anatomy(base), {id(p): p.clone() for m in base.parts.values() for p in m.parameters()}
-    expected = answer(base)
+    expected = output(base)
     attach_random(base, lora)
-    assert not torch.equal(answer(base), expected)
+    assert not torch.equal(output(base), expected)
     layers.detach(base)
     assert anatomy(base) == before
     for module in base.parts.values():
         assert all(torch.equal(p, weights[id(p)]) and not p.requires_grad for p in module.parameters())
-    assert torch.equal(answer(base), expected)
+    assert torch.equal(output(base), expected)
     layers.detach(base)
     assert anatomy(base) == before
 
 
 def test_a_new_adapter_changes_nothing(base: Base) -> None:
-    expected = answer(base)
+    expected = output(base)
     layers.attach(base, own(base, {}), seeded())
-    assert torch.equal(answer(base), expected)
+    assert torch.equal(output(base), expected)
 
 
 def test_same_seed_same_tensors_whatever_the_global_state(base15: Base) -> None:
@@ -122,9 +122,9 @@ def test_keys_are_those_diffusers_writes(base: Base, tmp_path: Path) -> None:
 def test_diffusers_loads_the_tensors_at_the_same_strength(
     base15: Base, tiny_sd15: Path, tmp_path: Path
 ) -> None:
-    bare = answer(base15)
+    bare = output(base15)
     tensors = attach_random(base15, WITH_CONVOLUTIONS)
-    expected = answer(base15)
+    expected = output(base15)
     assert (expected - bare).abs().max() > 1e-2
     by_part = {
         part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
@@ -151,44 +151,44 @@ def test_diffusers_loads_the_tensors_at_the_same_strength(
     assert torch.allclose(expected, plain, atol=1e-6)
 
 
-def test_collected_tensors_come_back_to_the_bit(base: Base) -> None:
+def test_collected_tensors_come_back_bit_for_bit(base: Base) -> None:
     tensors = attach_random(base, {}, seed=1)
-    expected = answer(base)
+    expected = output(base)
     layers.attach(base, own(base, {}))
     layers.load_in_place(layers.slots(base), tensors, own(base, {}))
-    assert torch.equal(answer(base), expected)
+    assert torch.equal(output(base), expected)
     collected = layers.collect(base)
     assert all(torch.equal(collected[key], tensors[key]) for key in tensors)
     collected[next(iter(collected))].zero_()
-    assert torch.equal(answer(base), expected), "collect hands out copies"
+    assert torch.equal(output(base), expected), "collect hands out copies"
 
 
 def test_scale_is_exact_at_zero_and_one_and_linear_between(base15: Base) -> None:
-    plain = answer(base15)
+    plain = output(base15)
     attach_random(base15, {"text_encoder": LoraSettings(0)})
-    full = answer(base15)
+    full = output(base15)
     layers.set_scale(base15, {"unet": 0.0, "text_encoder": 0.0})
-    assert torch.equal(answer(base15), plain)
+    assert torch.equal(output(base15), plain)
     layers.set_scale(base15, {"unet": 0.5, "text_encoder": 0.5})
-    half = answer(base15)
+    half = output(base15)
     assert not torch.equal(half, full) and not torch.equal(half, plain)
     layers.set_scale(base15, {"unet": 0.5, "text_encoder": 0.5})
-    assert torch.equal(answer(base15), half), "a scale replaces the one before"
+    assert torch.equal(output(base15), half), "a scale replaces the one before"
     layers.set_scale(base15, {"unet": 1.0, "text_encoder": 1.0})
-    assert torch.equal(answer(base15), full)
+    assert torch.equal(output(base15), full)
 
 
 def test_disabled_adapters_are_the_base_even_after_an_error(base: Base) -> None:
-    plain = answer(base)
+    plain = output(base)
     attach_random(base, {})
-    adapted = answer(base)
+    adapted = output(base)
     assert not torch.equal(adapted, plain)
     trainable = sum(map(len, layers.trainable_parameters(base).values()))
     with layers.adapters_disabled(base):
-        assert torch.equal(answer(base), plain)
+        assert torch.equal(output(base), plain)
     with pytest.raises(ZeroDivisionError), layers.adapters_disabled(base):
         raise ZeroDivisionError
-    assert torch.equal(answer(base), adapted)
+    assert torch.equal(output(base), adapted)
     assert sum(map(len, layers.trainable_parameters(base).values())) == trainable
 
 
@@ -210,7 +210,7 @@ def test_one_batch_holds_rows_with_and_without_the_adapter(base15: Base) -> None
     assert torch.equal(base15.predict(latents, timesteps, condition), adapted)
 
 
-def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(base15: Base) -> None:
+def test_missing_surplus_and_wrong_shape_tensors_are_named_and_nothing_is_copied(base15: Base) -> None:
     layers.attach(base15, own(base15, {}), seeded())
     before = layers.collect(base15)
     key = list(before)[-1]
@@ -218,8 +218,8 @@ def test_missing_surplus_and_misshapen_tensors_are_named_and_nothing_is_copied(b
     surplus = {name: tensor + 1 for name, tensor in before.items()} | {
         "unet.nowhere.lora_A.weight": before[key]
     }
-    misshapen = {name: tensor + 1 for name, tensor in before.items()} | {key: torch.zeros(3, 3)}
-    for tensors, named in ((missing, key), (surplus, "unet.nowhere.lora_A.weight"), (misshapen, key)):
+    wrong_shape = {name: tensor + 1 for name, tensor in before.items()} | {key: torch.zeros(3, 3)}
+    for tensors, named in ((missing, key), (surplus, "unet.nowhere.lora_A.weight"), (wrong_shape, key)):
         with pytest.raises(AdapterFileError, match=f"'{named}'"):
             layers.load_in_place(layers.slots(base15), tensors, own(base15, {}))
     after = layers.collect(base15)
@@ -255,4 +255,4 @@ def test_adapters_on_a_half_precision_base_are_float32(tiny_sd15: Path) -> None:
     assert all(
         p.dtype == torch.float32 for group in layers.trainable_parameters(base).values() for p in group
     )
-    assert answer(base).dtype == torch.float32 and answer(base).isfinite().all()
+    assert output(base).dtype == torch.float32 and output(base).isfinite().all()

@@ -1,4 +1,4 @@
-"""Compression: exact when nothing is lost, smaller when it is, and honest about how much."""
+"""Compression: lossless where nothing is removed, smaller otherwise, with an accurate report of the loss."""
 
 from __future__ import annotations
 
@@ -25,61 +25,61 @@ EVERYTHING = changed(LORA, unet={"targets": ("to_q", "conv1", "ff.net.2")})
 
 
 def change(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Returns what the adapter adds to each layer's weights."""
-    found = {}
+    """Returns the adapter's change of each layer's weights."""
+    changes = {}
     for key in adapter.tensors:
         if key.endswith(".lora_A.weight"):
             path = key.removesuffix(".lora_A.weight")
             a, b = adapter.tensors[key].flatten(1), adapter.tensors[f"{path}.lora_B.weight"].flatten(1)
-            found[path] = adapter.scale_of(path.partition(".")[0]) * b @ a
-    return found
+            changes[path] = adapter.scale_of(path.partition(".")[0]) * b @ a
+    return changes
 
 
 def test_keeping_everything_changes_nothing(base15: Base, editor: Editor) -> None:
     adapter = make_adapter(base15, EVERYTHING)
-    found = compress(adapter, keep=1.0)
-    assert found.kept == pytest.approx(1.0) and found.ranks[0] == found.ranks[1]
-    before, after = change(adapter), change(found.adapter)
+    result = compress(adapter, keep=1.0)
+    assert result.kept == pytest.approx(1.0) and result.ranks[0] == result.ranks[1]
+    before, after = change(adapter), change(result.adapter)
     assert all((before[path] - after[path]).abs().max() < 3e-3 for path in before)
     settings = replace(EDIT, strength=1.0)
-    first, second = (editor.pixels(a, ["zqrt"], "", None, [0], settings) for a in (adapter, found.adapter))
+    first, second = (editor.pixels(a, ["zqrt"], "", None, [0], settings) for a in (adapter, result.adapter))
     assert (first - second).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9])
-def test_what_is_left_is_what_was_said(base15: Base, keep: float, tmp_path: Path) -> None:
+def test_the_kept_importance_is_what_was_reported(base15: Base, keep: float, tmp_path: Path) -> None:
     adapter = make_adapter(base15, EVERYTHING)
-    found = compress(adapter, keep=keep)
-    before, after = change(adapter), change(found.adapter)
+    result = compress(adapter, keep=keep)
+    before, after = change(adapter), change(result.adapter)
     energy = sum(value.square().sum().item() for value in before.values())
     lost = sum(
         (value - after.get(path, torch.zeros(1))).square().sum().item() for path, value in before.items()
     )
-    assert 1 - lost / energy == pytest.approx(found.kept, abs=2e-3) and keep <= found.kept < keep + 0.05
+    assert 1 - lost / energy == pytest.approx(result.kept, abs=2e-3) and keep <= result.kept < keep + 0.05
     adapter.save(tmp_path / "before.safetensors")
-    found.adapter.save(tmp_path / "after.safetensors")
+    result.adapter.save(tmp_path / "after.safetensors")
     assert (tmp_path / "after.safetensors").stat().st_size < (tmp_path / "before.safetensors").stat().st_size
     again = Adapter.load(tmp_path / "after.safetensors")
-    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in found.adapter.tensors.items())
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in result.adapter.tensors.items())
 
 
 def test_a_compressed_adapter_edits_with_layers_missing(base15: Base, editor: Editor, tmp_path: Path) -> None:
     adapter = make_adapter(base15, EVERYTHING)
-    found = compress(adapter, keep=0.3).adapter
-    assert len(found.tensors) < len(adapter.tensors)
+    result = compress(adapter, keep=0.3).adapter
+    assert len(result.tensors) < len(adapter.tensors)
     settings = replace(EDIT, strength=1.0)
-    first = editor.pixels(found, ["zqrt"], "", None, [0], settings)
+    first = editor.pixels(result, ["zqrt"], "", None, [0], settings)
     editor.pixels(adapter, ["zqrt"], "", None, [0], settings)
-    again = editor.pixels(found, ["zqrt"], "", None, [0], settings)  # in slots with zeros: another last bit
+    again = editor.pixels(result, ["zqrt"], "", None, [0], settings)  # zero-padded: rounding differs
     assert (again - first).abs().max() < 1e-5
 
 
-def test_bytes_are_kept_to(base15: Base) -> None:
+def test_to_bytes_limits_the_size(base15: Base) -> None:
     adapter = replace(make_adapter(base15, EVERYTHING), photo_latents=None)
     sizes = []
     for limit in (3000, 6000, 12000):
-        found = compress(adapter, to_bytes=limit)
-        sizes.append(2 * sum(tensor.numel() for tensor in found.adapter.tensors.values()))
+        result = compress(adapter, to_bytes=limit)
+        sizes.append(2 * sum(tensor.numel() for tensor in result.adapter.tensors.values()))
         assert sizes[-1] <= limit
     assert sizes == sorted(set(sizes))
 
@@ -92,7 +92,7 @@ def test_the_effect_lost_grows_with_what_is_cut(base15: Base) -> None:
     assert effect_lost(base15, bare, bare) == 0
 
 
-def test_the_bases_word_on_what_matters_loses_less_of_the_effect(base15: Base, basexl: Base) -> None:
+def test_importance_by_the_base_loses_less_of_the_effect(base15: Base, basexl: Base) -> None:
     for base in (base15, basexl):
         adapter = make_adapter(base, EVERYTHING)
         half = sum(tensor.numel() for tensor in adapter.tensors.values())
@@ -100,25 +100,25 @@ def test_the_bases_word_on_what_matters_loses_less_of_the_effect(base15: Base, b
         assert effect_lost(base, adapter, weighed) < effect_lost(base, adapter, blind)
 
 
-def test_eight_bits_are_half_the_bytes_and_near_by(base15: Base, tmp_path: Path) -> None:
+def test_eight_bits_are_half_the_bytes_and_similar(base15: Base, tmp_path: Path) -> None:
     adapter = make_adapter(base15, EVERYTHING)
-    found = compress(adapter, eight_bit=True).adapter
+    result = compress(adapter, eight_bit=True).adapter
     whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
     adapter.save(whole)
-    found.save(half, dtype=torch.int8)
+    result.save(half, dtype=torch.int8)
     assert half.stat().st_size < 0.7 * whole.stat().st_size
-    assert effect_lost(base15, adapter, found) < 0.02
+    assert effect_lost(base15, adapter, result) < 0.02
     again = Adapter.load(half)
-    assert again.digest == found.digest and again.tensors.keys() == found.tensors.keys()
-    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in found.tensors.items())
+    assert again.digest == result.digest and again.tensors.keys() == result.tensors.keys()
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in result.tensors.items())
     again.save(tmp_path / "twice.safetensors", dtype=torch.int8)
     once, twice = load_file(half), load_file(tmp_path / "twice.safetensors")
     assert once.keys() == twice.keys() and all(torch.equal(once[key], twice[key]) for key in once)
     convert(half, "kohya", tmp_path / "kohya.safetensors")  # in 16 bits, which other tools read
     wide = Adapter.load(tmp_path / "kohya.safetensors").tensors
-    assert all((wide[key] - tensor).abs().max() < 2e-3 for key, tensor in found.tensors.items())
+    assert all((wide[key] - tensor).abs().max() < 2e-3 for key, tensor in result.tensors.items())
     with pytest.raises(SettingError, match="8 bits"):
-        found.save(tmp_path / "x", dtype=torch.int8, layout="kohya")
+        result.save(tmp_path / "x", dtype=torch.int8, layout="kohya")
 
 
 def test_files_in_eight_bits_with_the_wrong_scales_are_refused(base15: Base, tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_impossible_limits_are_refused(base15: Base, adapter: Adapter) -> None:
 
 def test_compress_on_the_command_line(adapter_file: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.safetensors"
-    told = json.loads(run("compress", adapter_file, "--keep", "0.9", "-o", small, "--json").stdout)
-    assert told["bytes"] == small.stat().st_size < adapter_file.stat().st_size
+    summary = json.loads(run("compress", adapter_file, "--keep", "0.9", "-o", small, "--json").stdout)
+    assert summary["bytes"] == small.stat().st_size < adapter_file.stat().st_size
     eighth = ("--eight-bit", "-o", small, "--overwrite", "--json")
-    told = json.loads(run("compress", adapter_file, *eighth).stdout)
-    assert told["kept"] == pytest.approx(1) and told["bytes"] < 0.8 * adapter_file.stat().st_size
+    summary = json.loads(run("compress", adapter_file, *eighth).stdout)
+    assert summary["kept"] == pytest.approx(1) and summary["bytes"] < 0.8 * adapter_file.stat().st_size
     wrong = ("compress", small, "--keep", "1.9", "-o", tmp_path / "x")
     assert "0<x<=1" in refused(*wrong, folder=tmp_path, code=2)

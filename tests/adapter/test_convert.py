@@ -1,4 +1,4 @@
-"""Other layouts: what goes there comes back, other tools read it, and other tools' files open."""
+"""Other layouts: round trips are lossless, other tools read them, and files of other tools can be loaded."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def base(request: pytest.FixtureRequest) -> Base:
 
 @pytest.fixture(params=["plain", "everything", "low ranks"])
 def made(request: pytest.FixtureRequest, base: Base) -> Adapter:
-    """An adapter with attention only, with convolutions and all else, or with ranks that differ."""
+    """An adapter of attention only, of all kinds of layers, or of different ranks."""
     adapter = replace(make_adapter(base, EVERYTHING if request.param != "plain" else LORA), date="2026-01-02")
     return with_low_ranks(adapter) if request.param == "low ranks" else adapter
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft", "diffusers"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_there_and_back_is_the_same_file(
+def test_a_round_trip_is_the_same_file(
     made: Adapter, tmp_path: Path, layout: Any, dtype: torch.dtype
 ) -> None:
     first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
@@ -94,7 +94,7 @@ def plain_image(folder: Path, prepare: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
+def test_plain_diffusers_and_peft_sample_the_same_from_every_layout(
     request: pytest.FixtureRequest, tmp_path: Path, base: Base, low: bool
 ) -> None:
     is_pocket = base.name == "pocket"
@@ -121,7 +121,7 @@ def test_plain_diffusers_and_peft_draw_the_same_from_every_layout(
 
 
 def kohya_names(models: dict[str, torch.nn.Module], family: str) -> set[str]:
-    """Returns the name of every layer that can be adapted; each is another, and leads back to its layer."""
+    """Returns the name of every layer that can be adapted, after a check that names are unique and reversible."""
     row, names = FAMILIES[family], set[str]()
     for part, model in models.items():
         for module, layer in model.named_modules():
@@ -150,7 +150,7 @@ def test_kohya_names_are_those_of_stable_diffusion_15() -> None:
 
 
 def sdxl_names() -> set[str]:
-    """The kohya names of all layers of SDXL, counted out from the structure of Stability's own UNet."""
+    """The kohya names of all layers of SDXL, derived from the structure of Stability's UNet."""
     attention = ("to_q", "to_k", "to_v", "to_out_0")
     block = [f"attn{number}_{name}" for number in (1, 2) for name in attention]
     block += ["ff_net_0_proj", "ff_net_2"]
@@ -170,12 +170,12 @@ def sdxl_names() -> set[str]:
     ]:
         names += [f"{place}_proj_in", f"{place}_proj_out"]
         names += [f"{place}_transformer_blocks_{n}_{layer}" for n in range(depth) for layer in block]
-    found = {f"lora_unet_{name}" for name in names}
+    all_names = {f"lora_unet_{name}" for name in names}
     inside = [f"self_attn_{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp_fc1", "mlp_fc2"]
     for encoder, layers in (("te1", 12), ("te2", 32)):
         start = f"lora_{encoder}_text_model_encoder_layers"
-        found |= {f"{start}_{n}_{name}" for n in range(layers) for name in inside}
-    return found
+        all_names |= {f"{start}_{n}_{name}" for n in range(layers) for name in inside}
+    return all_names
 
 
 def test_kohya_names_are_those_of_stable_diffusion_xl() -> None:
@@ -198,8 +198,8 @@ def test_kohya_names_are_those_of_stable_diffusion_xl() -> None:
     assert kohya_names({"unet": unet, **text}, "sdxl") == sdxl_names()
 
 
-def test_other_tools_sdxl_files_open_whole(basexl: Base, tmp_path: Path) -> None:
-    """Without this package's header the family shows in the names, or in the second text encoder."""
+def test_other_tools_sdxl_files_open_completely(basexl: Base, tmp_path: Path) -> None:
+    """Without this package's header the family is inferred from the names, or from the second text encoder."""
     adapter = make_adapter(basexl, EVERYTHING)
     for layout in ("kohya", "diffusers"):
         path = tmp_path / f"{layout}.safetensors"
@@ -211,7 +211,7 @@ def test_other_tools_sdxl_files_open_whole(basexl: Base, tmp_path: Path) -> None
         assert all(torch.equal(opened.tensors[key], tensor) for key, tensor in adapter.tensors.items())
 
 
-def test_a_kohya_file_says_what_its_tools_look_for(adapter: Adapter, tmp_path: Path) -> None:
+def test_a_kohya_file_has_the_metadata_of_its_tools(adapter: Adapter, tmp_path: Path) -> None:
     path = tmp_path / "kohya.safetensors"
     adapter.save(path, layout="kohya")
     content, metadata, tensors = path.read_bytes(), metadata_of(path), load_file(path)
@@ -291,7 +291,7 @@ def test_alphas_that_differ_from_layer_to_layer_are_kept(
     assert (ours - with_one_alpha).abs().max() > 1e-2
 
 
-def test_layers_of_lower_rank_draw_as_if_filled_with_zeros(base15: Base, editor: Editor) -> None:
+def test_layers_of_lower_rank_equal_zero_padded_ones(base15: Base, editor: Editor) -> None:
     low = with_low_ranks(make_adapter(base15))
     full = {key: torch.zeros_like(tensor) for key, tensor in make_adapter(base15).tensors.items()}
     for key, tensor in low.tensors.items():
@@ -328,7 +328,7 @@ def test_convert_and_strip_on_the_command_line(adapter_file: Path, edit: list[An
     folder, bare = tmp_path / "peft", tmp_path / "bare.safetensors"
     assert run("convert", adapter_file, "--to", "peft", "-o", folder).exit_code == 0
     assert json.loads(run("strip", folder, "-o", bare, "--json").stdout)["bytes"] == bare.stat().st_size
-    assert "there already" in refused("convert", bare, "--to", "peft", "-o", folder, folder=tmp_path)
+    assert "already exists" in refused("convert", bare, "--to", "peft", "-o", folder, folder=tmp_path)
     assert run("convert", bare, "--to", "peft", "-o", folder, "--overwrite").exit_code == 0
     out = tmp_path / "out.png"
     assert run(*edit[:-1], folder, "a fox", "-o", out, "--strength", "1").exit_code == 0
@@ -364,7 +364,7 @@ def test_a_peft_folder_with_wrong_tensors_is_refused(adapter: Adapter, tmp_path:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
-def test_a_fit_goes_on_from_an_adapter_of_any_layout(
+def test_a_fit_continues_from_an_adapter_of_any_layout(
     base15: Base, photo_image: Any, tmp_path: Path, layout: Any
 ) -> None:
     steps = ["fit.steps=2", "fit.batch_size=1", "lora.unet.learning_rate=1e-12"]
@@ -372,18 +372,18 @@ def test_a_fit_goes_on_from_an_adapter_of_any_layout(
     make_adapter(base15, EVERYTHING).save(tmp_path / "first.safetensors", dtype=torch.float32)
     convert(tmp_path / "first.safetensors", layout, tmp_path / "other")
     start = Adapter.load(tmp_path / "other")
-    found = fit(photo_image, base=base15, overrides=steps, start=start)
+    continued = fit(photo_image, base=base15, overrides=steps, start=start)
     same = [
         [(part, each.rank, each.scale, each.targets) for part, each in made.recipe.lora.items()]
-        for made in (start, found)
+        for made in (start, continued)
     ]
-    assert same[0] == same[1] and found.rare_tokens == start.rare_tokens
-    assert all((found.tensors[key] - tensor).abs().max() < 1e-3 for key, tensor in start.tensors.items())
+    assert same[0] == same[1] and continued.rare_tokens == start.rare_tokens
+    assert all((continued.tensors[key] - tensor).abs().max() < 1e-3 for key, tensor in start.tensors.items())
     with pytest.raises(SettingError, match="method 'lora' only"):
         fit(photo_image, base=base15, overrides=["fit.method=full"], start=start)
 
 
-def test_the_command_line_goes_on_too(
+def test_the_command_line_continues_too(
     adapter_file: Path, photo: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
     out, base = tmp_path / "more.safetensors", ["--base", tiny_sd15, *QUICK]

@@ -1,4 +1,4 @@
-"""What docs/file-format.md says, on files."""
+"""docs/file-format.md agrees with the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = sorted(FOLDER.glob("v*-diffusers.safetensors"))
 
 
 def example() -> dict[str, Any]:
-    """Runs the page's own code and returns what it defines."""
+    """Runs the example code of the page and returns what it defines."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert "torch" not in code and "lora_unitune import" not in code
     names: dict[str, Any] = {}

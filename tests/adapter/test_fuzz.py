@@ -9,8 +9,8 @@ from fuzz.__main__ import PACKAGE, few_steps, little_memory, open_mutated
 
 
 def test_mutated_files_are_read_or_refused() -> None:
-    found = open_mutated(1000)
-    assert found["refused"] > 1000 and found["read"] > 50
+    counts = open_mutated(1000)
+    assert counts["refused"] > 1000 and counts["read"] > 50
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,12 @@ def test_mutated_files_are_read_or_refused() -> None:
         (Path("elsewhere.py"), "def one(): pass\nwhile True: one()"),
     ],
 )
-def test_a_loop_without_end_is_stopped(file: Path, text: str) -> None:
+def test_an_endless_loop_is_stopped(file: Path, text: str) -> None:
     with pytest.raises(AssertionError, match="more than 1000 steps"), few_steps(1000):
         exec(compile(text, str(file), "exec"), {})
 
 
-def test_memory_that_is_given_back_counts_too() -> None:
+def test_freed_memory_counts_too() -> None:
     with little_memory(2**20):
         bytearray(2**19)
     with pytest.raises(AssertionError, match="bytes of Python objects"), little_memory(2**20):

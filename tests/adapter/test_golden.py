@@ -1,4 +1,4 @@
-"""Files of every released format version, in every layout, go on opening to the same picture."""
+"""Files of every released format version, in every layout, still give the same image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_there_is_one_of_each_layout_and_family() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_golden_file_draws_its_picture(request: pytest.FixtureRequest, path: Path) -> None:
+def test_a_golden_file_gives_its_image(request: pytest.FixtureRequest, path: Path) -> None:
     family = path.name.split("-")[1]
     editor = Editor(request.getfixturevalue({"sd": "base15", "sdxl": "basexl"}[family]))
     version = path.name.partition("-")[0]

@@ -1,4 +1,4 @@
-"""The hub: what a push would send is shown first, and what was pushed opens again; on a stand-in folder."""
+"""The hub: a dry run shows the upload, and pushed adapters can be loaded; on a fake client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_unitune.errors import AdapterFileError, HubError, SettingError
 
 
 class StandIn:
-    """Answers the calls of the hub's client from a folder."""
+    """A fake of the hub's client that stores repositories in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.private, self.downloads = folder, dict[str, bool](), list[str]()

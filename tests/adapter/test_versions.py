@@ -1,4 +1,4 @@
-"""Headers of version 1 say in version 2 what they said, whatever they said."""
+"""Migration of version 1 headers preserves their meaning, for random headers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS = {"unet": ("to_q", "conv1"), "text_encoder": ("q_proj", "fc1"), "text_e
 
 
 def first_header(rng: random.Random, family: str) -> dict[str, Any]:
-    """Returns a random header as version 1 wrote it: every setting of every part that any base had."""
+    """Returns a random header as version 1 wrote it: with every setting of every part of any base."""
     lora: dict[str, Any] = {}
     for part in PARTS["sdxl"]:
         lora[f"{part}_rank"] = rng.randint(part == "unet", 6)
@@ -46,7 +46,7 @@ def first_header(rng: random.Random, family: str) -> dict[str, Any]:
 
 
 def write(path: Path, header: dict[str, Any]) -> None:
-    """Writes a file with such a header and the tensors that it speaks of."""
+    """Writes a file with such a header and its tensors."""
     tensors: dict[str, torch.Tensor] = {}
     lora = header["recipe"]["lora"]
     for part in PARTS[header["family"]]:

@@ -54,7 +54,7 @@ def test_a_longer_list_begins_with_the_shorter_and_the_lists_share_no_photo() ->
     assert all(pair.truth.mask.any() and not pair.before.companion for pair in pairs)
 
 
-def test_the_three_that_must_come_out_as_they_do(editor: Editor) -> None:
+def test_the_three_references_have_known_scores(editor: Editor) -> None:
     pairs = draw_pairs("test", 240)
     mean = {
         name: {field: np.nanmean([row[field] for row in rows]) for field in rows[0]}
@@ -95,7 +95,7 @@ def test_a_ddim_step_back_and_forth_changes_nothing(editor: Editor) -> None:
     assert torch.allclose(ddim_step(editor.base, noisy, velocity(500), 500, -1), clean, atol=1e-5)
 
 
-def test_weights_that_learned_come_back_to_the_bit() -> None:
+def test_trained_weights_are_restored_bit_for_bit() -> None:
     module = torch.nn.Linear(3, 2)
     before = module.weight.detach().clone()
     with trainable(module), torch.no_grad():
@@ -113,7 +113,7 @@ def test_every_method_is_tuned_by_the_same_number_of_trials() -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim-inversion", "ledits++", "imagic"])
-def test_a_rival_edits_and_leaves_the_base_as_it_was(
+def test_a_baseline_edits_and_restores_the_base(
     name: str, editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, dials = split_name(name)
@@ -136,27 +136,27 @@ def without_times(value: Any) -> Any:
     return value
 
 
-def test_the_size_of_a_file_does_not_hang_on_the_digits_of_its_seconds(editor: Editor) -> None:
+def test_the_size_of_a_file_does_not_depend_on_its_seconds(editor: Editor) -> None:
     adapter = make_adapter(editor.base, seed=0)
     sizes = {of_adapter(replace(adapter, seconds=s))["file_bytes"] for s in (0.5, 0.05123456789123457)}
     assert len(sizes) == 1
 
 
-def test_a_run_goes_on_where_it_stopped_and_two_runs_agree(tmp_path: Path) -> None:
+def test_a_run_resumes_and_two_runs_agree(tmp_path: Path) -> None:
     command = ["--methods", "photo,sdedit,lora@1,full@1", "--pairs", "7", "--seeds", "1"]
-    found = []
+    summaries = []
     for folder in ("first", "second"):
         result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / folder)], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        found.append(json.loads((tmp_path / folder / "results.json").read_text()))
-    assert without_times(found[0]) == without_times(found[1])
-    assert found[0]["methods"]["lora@1"]["cost"]["file_bytes"]["median"] < 300_000
-    assert found[0]["methods"]["sdedit"]["nearer_than_sdedit"]["all"] == [0.5, 0.5, 0.5]
+        summaries.append(json.loads((tmp_path / folder / "results.json").read_text()))
+    assert without_times(summaries[0]) == without_times(summaries[1])
+    assert summaries[0]["methods"]["lora@1"]["cost"]["file_bytes"]["median"] < 300_000
+    assert summaries[0]["methods"]["sdedit"]["nearer_than_sdedit"]["all"] == [0.5, 0.5, 0.5]
     for name in ("table.md", "frontier.png", "cost.png", "steps.png", "contact-sheet.png"):
         assert (tmp_path / "first" / name).stat().st_size > 0
     kept = tmp_path / "first" / "lora@1.jsonl"
     whole = kept.read_text()
-    kept.write_text(whole[:-20])  # as a run leaves it that is stopped while it writes
+    kept.write_text(whole[:-20])  # as left by a run that is interrupted while writing
     result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "first")], catch_exceptions=False)
     lines, again = ([json.loads(line) for line in text.splitlines()] for text in (whole, kept.read_text()))
     assert [line.get("rows") for line in lines] == [line.get("rows") for line in again]
@@ -183,7 +183,7 @@ def random_clip(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["pie", "ted"])
-def test_a_folder_of_photos_is_scored_with_what_is_in_reach(
+def test_a_folder_of_photos_is_scored_with_the_available_models(
     layout: str, tiny_sd15: Path, tmp_path: Path
 ) -> None:
     photos = tmp_path / "photos"
@@ -212,13 +212,13 @@ def test_a_folder_of_photos_is_scored_with_what_is_in_reach(
     ]
     result = CliRunner().invoke(main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    kept = found["methods"]["photo"]
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())
+    kept = summary["methods"]["photo"]
     assert kept["psnr_outside"][0] == 50 and kept["ssim_outside"][0] == 1
     assert kept["dino_photo"][0] == pytest.approx(1, abs=1e-3)
-    assert -1 <= found["methods"]["lora@1"]["clip_text"][0] <= 1
-    assert found["methods"]["sdedit"]["psnr_outside"][0] < 50
-    assert all("left out" in line and "lpips" in line for line in found["left_out"])
+    assert -1 <= summary["methods"]["lora@1"]["clip_text"][0] <= 1
+    assert summary["methods"]["sdedit"]["psnr_outside"][0] < 50
+    assert all("left out" in line and "lpips" in line for line in summary["left_out"])
 
 
 def test_a_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdedit@40", "lora@x", "nothing"])
-def test_an_unknown_method_is_told_with_the_known_ones(name: str) -> None:
+def test_an_unknown_method_lists_the_known_ones(name: str) -> None:
     result = CliRunner().invoke(main, ["--methods", name, "--out", "unused"])
     assert result.exit_code == 2
     assert "lora@40" in result.output and "Traceback" not in result.output

@@ -1,4 +1,4 @@
-"""The command line: what a person types."""
+"""The command line: valid commands."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_every_png_carries_its_settings_and_repeats(tmp_path: Path, edit: list[s
     assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "out-6.png").tobytes()
 
 
-def test_a_file_without_its_photo_takes_one_along(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
+def test_a_file_without_its_photo_needs_the_photo_option(
+    tmp_path: Path, tiny_sd15: Path, photo: Path
+) -> None:
     file = tmp_path / "bare.safetensors"
     assert run("fit", photo, "-o", file, "--base", tiny_sd15, *QUICK, "--no-embed-photo").exit_code == 0
     edit = ("edit", "--base", tiny_sd15, file, "a fox", "-o", tmp_path / "out.png", "--strength", "0.8")
@@ -107,7 +109,7 @@ def test_the_version() -> None:
     assert run("--version").stdout.strip() == f"lora-unitune, version {__version__}"
 
 
-# Photos that are handled as a person expects.
+# Unusual photos.
 
 
 def cmyk(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: what a person reads when something is wrong."""
+"""The command line: error messages."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_bad_photos(tmp_path: Path, tiny_sd15: Path, write: Callable[[Path], Non
 def test_bad_settings_of_a_fit(
     tmp_path: Path, tiny_sd15: Path, photo: Path, arguments: list[str], message: str
 ) -> None:
-    given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK, *arguments)
-    assert message in refused(*given, folder=tmp_path)
+    command = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK, *arguments)
+    assert message in refused(*command, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,24 @@ def test_bad_settings_of_a_fit(
     ],
 )
 def test_wrong_options_of_a_fit(tmp_path: Path, photo: Path, arguments: list[str], message: str) -> None:
-    given = ("fit", photo, "-o", tmp_path / "a.safetensors", *arguments)
-    assert message in refused(*given, folder=tmp_path, code=2)
+    command = ("fit", photo, "-o", tmp_path / "a.safetensors", *arguments)
+    assert message in refused(*command, folder=tmp_path, code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
-    given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK, "--device", "cuda")
-    assert "cuda" in refused(*given, folder=tmp_path)
+    command = (
+        "fit",
+        photo,
+        "-o",
+        tmp_path / "a.safetensors",
+        "--base",
+        tiny_sd15,
+        *QUICK,
+        "--device",
+        "cuda",
+    )
+    assert "cuda" in refused(*command, folder=tmp_path)
 
 
 def test_folders_that_are_no_base(tmp_path: Path, photo: Path) -> None:
@@ -114,13 +124,13 @@ def test_folders_that_are_no_base(tmp_path: Path, photo: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     for name, message in (("empty", "model_index.json"), ("other", "FluxPipeline"), ("broken", "broken")):
-        given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tmp_path / name)
-        assert message in refused(*given, folder=tmp_path)
+        command = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tmp_path / name)
+        assert message in refused(*command, folder=tmp_path)
 
 
 def test_a_hub_id_without_a_network_is_one_line(tmp_path: Path, photo: Path) -> None:
-    given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", "nobody/nothing-of-this-name")
-    assert "nobody/nothing-of-this-name" in refused(*given, folder=tmp_path)
+    command = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", "nobody/nothing-of-this-name")
+    assert "nobody/nothing-of-this-name" in refused(*command, folder=tmp_path)
 
 
 def test_outputs_that_cannot_be_written(
@@ -128,21 +138,21 @@ def test_outputs_that_cannot_be_written(
 ) -> None:
     fit = ("fit", photo, "--base", tiny_sd15, *QUICK)
     assert "--overwrite" in refused(*fit, "-o", adapter_file, folder=tmp_path)
-    assert "there is no folder" in refused(*fit, "-o", tmp_path / "none" / "a.safetensors", folder=tmp_path)
+    assert "none doesn't exist" in refused(*fit, "-o", tmp_path / "none" / "a.safetensors", folder=tmp_path)
     assert "isn't a file" in refused(*fit, "-o", tmp_path, folder=tmp_path)
     edit = (*edit, "a fox")
     (tmp_path / "out-1.png").write_bytes(b"mine")
     assert "--overwrite" in refused(*edit, "-o", tmp_path / "out.png", "-n", "2", folder=tmp_path)
     assert "end in .png" in refused(*edit, "-o", tmp_path / "out.jpg", folder=tmp_path, code=2)
-    assert "there is no folder" in refused(*edit, "-o", tmp_path / "none" / "out.png", folder=tmp_path)
+    assert "none doesn't exist" in refused(*edit, "-o", tmp_path / "none" / "out.png", folder=tmp_path)
     assert run(*edit, "-o", tmp_path / "out-1.png", "--overwrite").exit_code == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(tmp_path: Path, tiny_sd15: Path, photo: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    given = ("fit", photo, "-o", tmp_path / "locked" / "a.safetensors", "--base", tiny_sd15, *QUICK)
-    assert "read-only" in refused(*given, folder=tmp_path)
+    command = ("fit", photo, "-o", tmp_path / "locked" / "a.safetensors", "--base", tiny_sd15, *QUICK)
+    assert "read-only" in refused(*command, folder=tmp_path)
 
 
 def test_no_disk_space(
@@ -152,12 +162,12 @@ def test_no_disk_space(
     photo: Path,
 ) -> None:
     with room_for(1000):
-        given = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK)
-        assert "can't be written" in refused(*given, folder=tmp_path)
-        given = (*edit, "a fox", "-o", tmp_path / "out.png")
-        assert "can't be written" in refused(*given, folder=tmp_path)
-        given = (*edit, "a fox", "-o", tmp_path / "out.png", "-n", "2")
-        assert "can't be written" in refused(*given, folder=tmp_path)
+        command = ("fit", photo, "-o", tmp_path / "a.safetensors", "--base", tiny_sd15, *QUICK)
+        assert "can't be written" in refused(*command, folder=tmp_path)
+        command = (*edit, "a fox", "-o", tmp_path / "out.png")
+        assert "can't be written" in refused(*command, folder=tmp_path)
+        command = (*edit, "a fox", "-o", tmp_path / "out.png", "-n", "2")
+        assert "can't be written" in refused(*command, folder=tmp_path)
 
 
 # Adapter files and edits.
@@ -189,7 +199,7 @@ def surplus(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     tensors["unet.surplus.lora_A.weight"] = torch.zeros(8, 4)
 
 
-def misshapen(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def wrong_shape(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     tensors[one_key(tensors)] = torch.zeros(8, 5)
 
 
@@ -211,7 +221,7 @@ def from_the_future(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) 
         (missing, "lora_A"),
         (whole_module_missing, "lora_A"),
         (surplus, "surplus"),
-        (misshapen, "shape"),
+        (wrong_shape, "shape"),
         (not_finite, "finite"),
         (without_header, "--trigger"),
         (from_the_future, "99"),
@@ -257,8 +267,8 @@ def test_a_base_that_only_the_file_names_is_not_loaded(tmp_path: Path, adapter_f
 
 
 def test_an_adapter_made_for_another_base(tmp_path: Path, adapter_file: Path, tiny_sd21: Path) -> None:
-    given = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "--base", tiny_sd21)
-    assert "was made for base" in refused(*given, folder=tmp_path)
+    command = ("edit", adapter_file, "a fox", "-o", tmp_path / "out.png", "--base", tiny_sd21)
+    assert "was made for base" in refused(*command, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +290,8 @@ def test_an_adapter_made_for_another_base(tmp_path: Path, adapter_file: Path, ti
 def test_values_out_of_range(
     tmp_path: Path, arguments: list[str], message: str, edit: list[str | Path]
 ) -> None:
-    given = (*edit, "a fox", "-o", tmp_path / "out.png", *arguments)
-    assert message in refused(*given, folder=tmp_path, code=2)
+    command = (*edit, "a fox", "-o", tmp_path / "out.png", *arguments)
+    assert message in refused(*command, folder=tmp_path, code=2)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +306,8 @@ def test_values_out_of_range(
 def test_values_that_do_not_go(
     tmp_path: Path, arguments: list[str], message: str, edit: list[str | Path]
 ) -> None:
-    given = (*edit, "a fox", "-o", tmp_path / "out.png", *arguments)
-    assert message in refused(*given, folder=tmp_path)
+    command = (*edit, "a fox", "-o", tmp_path / "out.png", *arguments)
+    assert message in refused(*command, folder=tmp_path)
 
 
 def test_an_empty_prompt(tmp_path: Path, edit: list[str | Path]) -> None:
@@ -305,7 +315,7 @@ def test_an_empty_prompt(tmp_path: Path, edit: list[str | Path]) -> None:
         assert "empty" in refused(*edit, prompt, "-o", tmp_path / "out.png", folder=tmp_path)
 
 
-def test_what_was_typed_wrong_is_one_line_too(tmp_path: Path) -> None:
+def test_wrong_usage_is_one_line_too(tmp_path: Path) -> None:
     assert "No such command" in refused("fitt", folder=tmp_path, code=2)
     assert "No such option" in refused("--versoin", folder=tmp_path, code=2)
     assert "Missing argument" in refused("inspect", folder=tmp_path, code=2)

@@ -1,4 +1,4 @@
-"""The demo, on a tiny random base: what it writes, and that it writes all or nothing."""
+"""The demo, on a tiny random base: its outputs, which are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, tin
     assert not any(tmp_path.iterdir())
 
 
-def test_every_text_stays_within_its_picture() -> None:
+def test_every_caption_fits_the_width_of_its_image() -> None:
     picture = Image.new("RGB", (64, 64), "red")
     short = contact_sheet([Row("one", ((picture, "a fox"), (picture, "a fox")))])
     long = contact_sheet([Row("one", ((picture, "a fox " * 40), (picture, "a fox")))])
@@ -110,7 +110,7 @@ def test_every_text_stays_within_its_picture() -> None:
     assert short.crop(right).tobytes() == long.crop(right).tobytes()
 
 
-def test_pictures_of_any_shape_lie_whole_in_the_middle_of_their_places() -> None:
+def test_images_of_any_shape_are_centered_without_cropping() -> None:
     left, upper, right, lower = red_box((64, 64))
     for size in ((64, 32), (32, 64)):
         box = red_box(size)
@@ -120,7 +120,7 @@ def test_pictures_of_any_shape_lie_whole_in_the_middle_of_their_places() -> None
 
 
 def red_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Returns where a red picture of a size lies on a sheet of its own."""
+    """Returns the bounding box of a red image of a size on a contact sheet."""
     sheet = contact_sheet([Row("one", ((Image.new("RGB", size, "red"), ""),))])
     box = sheet.getchannel("G").point(lambda value: 255 if value == 0 else 0).getbbox()
     assert box is not None and sheet.crop(box).getextrema() == ((255, 255), (0, 0), (0, 0))

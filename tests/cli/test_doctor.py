@@ -1,4 +1,4 @@
-"""The doctor says what is there, and plainly what is too little."""
+"""The doctor reports the resources of the machine, and what is insufficient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands load and print: no library that they don't use, and no word of one."""
+"""Imports and output of the commands: no unused library, and no library's warnings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ assert issubclass(DTensor, theirs)
 
 
 def run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, warnings as a person has them."""
+    """Runs code in a new process, with Python's default warnings."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=kept, check=False)
@@ -73,7 +73,7 @@ def test_an_edit_loads_and_prints_nothing_that_it_does_not_use(file: Path, tmp_p
     assert done.stdout.startswith(f"{out}: ") and len(done.stdout.splitlines()) == 1
 
 
-def test_a_fit_prints_no_word_of_a_library(file: Path, tmp_path: Path) -> None:
+def test_a_fit_prints_no_library_warnings(file: Path, tmp_path: Path) -> None:
     photo, out = tmp_path / "photo.png", tmp_path / "photo.safetensors"
     Image.new("RGB", (64, 64), "teal").save(photo)
     settings = ["--set", "fit.steps=2", "--set", "fit.batch_size=1", "--device", "cpu"]
@@ -92,6 +92,6 @@ def test_help_and_inspect_print_nothing_on_standard_error(file: Path) -> None:
         assert done.returncode == 0 and done.stderr == "" and done.stdout
 
 
-def test_what_was_put_off_works_when_it_is_used() -> None:
+def test_deferred_packages_work_when_they_are_used() -> None:
     done = run(LATER)
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,8 @@ def test_every_argument_with_its_value_is_an_option(command: str, option: click.
     [
         ("edit", "edit.strength = 0.01 leaves none of 9 steps; raise one",
          "--strength 0.01 leaves none of 9 steps; raise one"),
-        ("edit", "open it with trigger='WORDS', which call it", "open it with --trigger WORDS, which call it"),
+        ("edit", "open it with trigger='WORDS', which stand for it",
+         "open it with --trigger WORDS, which stand for it"),
         ("edit", "pass photo=PATH, or strength=1", "pass --photo PATH, or --strength 1"),
         ("edit", "the seed of a photo, its base and steps", "the seed of a photo, its base and steps"),
         ("edit", "edit.residual = 'x' isn't allowed", "--residual isn't allowed"),

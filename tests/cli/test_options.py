@@ -1,4 +1,4 @@
-"""Options that are made from a recipe's fields, and what a shell completes."""
+"""Options generated from a recipe's fields, and shell completion."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def option_of(name: str) -> click.Option:
 
 
 def accepts(option: click.Option, value: float) -> bool:
-    """Says whether an option takes a value."""
+    """Returns whether an option takes a value."""
     try:
         option.type.convert(str(value), option, None)
     except click.BadParameter:
@@ -87,7 +87,7 @@ def test_examples_are_commands_that_exist(name: str) -> None:
 
 
 def completions(arguments: list[str], incomplete: str) -> list[tuple[str, str]]:
-    """Returns the type and the value of what a shell offers."""
+    """Returns type and value of each shell completion."""
     shell = ShellComplete(main, {}, "lora-unitune", "_LORA_UNITUNE_COMPLETE")
     return [(item.type, item.value) for item in shell.get_completions(arguments, incomplete)]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: what is said to be written is there, whole, and nothing else is."""
+"""Ctrl-C: the reported files are complete, and there are no others."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def stopped(*arguments: str | Path, stream: str, at: str) -> tuple[list[str], li
     """Runs a command, presses Ctrl-C once a line begins with some text, and returns what it printed.
 
     Args:
-        *arguments: What is typed.
-        stream: Where the line is expected: "stdout" or "stderr".
-        at: How the line begins.
+        *arguments: The command's arguments.
+        stream: Stream of the line: "stdout" or "stderr".
+        at: Beginning of the line.
 
     Returns:
         All lines of standard output, and the last of standard error.
@@ -49,7 +49,7 @@ def stopped(*arguments: str | Path, stream: str, at: str) -> tuple[list[str], li
 
 @pytest.fixture(scope="module")
 def pocket_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter fitted on the base that ships."""
+    """An adapter fitted on pocket."""
     file = tmp_path_factory.mktemp("pocket") / "a.safetensors"
     assert run("fit", EXAMPLES / "scene-1.png", "-o", file, *QUICK).exit_code == 0
     return file

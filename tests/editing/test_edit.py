@@ -1,4 +1,4 @@
-"""The edit: it equals plain diffusers, repeats exactly, and leaves the base as it was."""
+"""Edits: they equal plain diffusers, are reproducible, and leave the base unchanged."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_saving_and_loading_changes_no_output(editor: Editor, adapter: Adapter, 
     assert first.settings == second.settings
 
 
-def test_edits_and_swaps_leave_the_base_as_it_was_bit_for_bit(base15: Base, editor: Editor) -> None:
+def test_edits_and_swaps_restore_the_base_bit_for_bit(base15: Base, editor: Editor) -> None:
     before = weights_of(base15)
     plain = editor.edit(None, "a fox", steps=2).image.tobytes()
     other = {"unet": LoraSettings(2, targets=("to_q", "conv1")), "text_encoder": LoraSettings(0)}
@@ -205,7 +205,9 @@ def test_an_adapter_of_the_same_layout_is_exchanged_in_place(base15: Base, edito
     assert [id(module) for module in base15.parts["unet"].modules()] == modules
 
 
-def test_slots_that_grew_hold_every_layout_used_so_far(base15: Base, editor: Editor) -> None:
+def test_attached_layers_have_the_capacity_for_every_adapter_used_so_far(
+    base15: Base, editor: Editor
+) -> None:
     other = {"unet": LoraSettings(2, targets=("to_q", "conv1")), "text_encoder": LoraSettings(0)}
     made = [make_adapter(base15), make_adapter(base15, other)]
     for adapter in made:
@@ -289,7 +291,7 @@ def test_a_residual_adds_to_the_photo_what_the_prompt_changed(
 
 
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
-def test_of_a_sampler_a_residual_takes_the_timesteps_alone(
+def test_a_residual_uses_only_the_timesteps_of_a_sampler(
     base15: Base, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     other = kind.from_config(base15.make_scheduler().config, timestep_spacing="trailing")
@@ -365,7 +367,7 @@ def test_leaving_the_with_block_restores_the_base(base15: Base, adapter: Adapter
     assert not has_adapters(base15) and unchanged(base15, before)
 
 
-def test_a_setting_that_there_is_not_gets_the_nearest(editor: Editor, adapter: Adapter) -> None:
+def test_an_unknown_setting_suggests_the_nearest(editor: Editor, adapter: Adapter) -> None:
     with pytest.raises(SettingError, match="'guidence' of edit .did you mean 'guidance'"):
         editor.edit(adapter, "a fox", guidence=3)
 
@@ -374,13 +376,13 @@ def test_a_setting_that_there_is_not_gets_the_nearest(editor: Editor, adapter: A
 def test_reconstruct_is_the_rare_tokens_from_noise_without_guidance(
     editor: Editor, adapter: Adapter, order: list[str]
 ) -> None:
-    found = {}
+    edits = {}
     for name in order:
         if name == "edit":
             editor.edit(adapter, "a fox")
         else:
-            found = {"edit": editor.reconstruct(adapter, seed=2)}
-    edit = found["edit"]
+            edits = {"edit": editor.reconstruct(adapter, seed=2)}
+    edit = edits["edit"]
     assert edit.prompt == adapter.rare_tokens
     assert (edit.settings["strength"], edit.settings["guidance"], edit.settings["photo"]) == (1.0, 1.0, None)
     settings = replace(EDIT, strength=1.0, guidance=1.0)
@@ -392,11 +394,11 @@ def test_the_photo_given_with_an_edit_replaces_the_one_in_the_file(
     base15: Base, editor: Editor, adapter: Adapter, photo_image: Image.Image
 ) -> None:
     embedded = editor.edit(adapter, "a fox", strength=0.5)
-    given = editor.edit(adapter, "a fox", strength=0.5, photo=photo_image)
+    external = editor.edit(adapter, "a fox", strength=0.5, photo=photo_image)
     bare = editor.edit(replace(adapter, photo_latents=None), "a fox", strength=0.5, photo=photo_image)
-    assert embedded.image.tobytes() != given.image.tobytes() == bare.image.tobytes()
-    assert [edit.settings["photo"] for edit in (embedded, given)] == ["adapter", "given"]
-    assert any("only its centre is used" in note for note in given.notes)
+    assert embedded.image.tobytes() != external.image.tobytes() == bare.image.tobytes()
+    assert [edit.settings["photo"] for edit in (embedded, external)] == ["adapter", "given"]
+    assert any("only its centre is used" in note for note in external.notes)
 
 
 def test_less_strength_stays_nearer_to_the_photo(editor: Editor, adapter: Adapter) -> None:

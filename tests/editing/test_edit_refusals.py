@@ -1,4 +1,4 @@
-"""What an edit refuses, in one line each, without changing the base."""
+"""Errors of an edit: one line each, and the base is unchanged."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ def test_tensors_that_dont_fit_the_base_are_one_line_and_change_nothing(
     )
     with pytest.raises(AdapterFileError, match="doesn't suit the base"):
         editor.edit(unfit, "a fox")
-    misshapen = replace(adapter, photo_latents=torch.ones(1, 4, 3, 3))
+    wrong_shape = replace(adapter, photo_latents=torch.ones(1, 4, 3, 3))
     with pytest.raises(AdapterFileError, match="latents in the adapter have shape"):
-        editor.edit(misshapen, "a fox")
+        editor.edit(wrong_shape, "a fox")
     editor.release()
     assert unchanged(base15, before)
 

@@ -1,4 +1,4 @@
-"""Loading a base, and what every base promises."""
+"""Loading of bases, and the protocol that every base implements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def base(request: pytest.FixtureRequest) -> Base:
     return request.getfixturevalue(f"base{request.param}")
 
 
-def test_a_base_keeps_the_protocol(base: Base) -> None:
+def test_a_base_implements_the_protocol(base: Base) -> None:
     assert isinstance(base, Base)
     assert (
         list(base.parts) == list(base.family.parts)
@@ -167,7 +167,7 @@ def test_unknown_names_and_folders_are_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path), "cpu")
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_line() -> None:
+def test_a_hub_id_that_cannot_be_downloaded_is_one_line() -> None:
     with pytest.raises(BaseModelError, match="can't be downloaded") as caught:
         load_base("nobody/no-such-model", "cpu")
     assert "\n" not in str(caught.value)

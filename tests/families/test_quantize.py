@@ -1,4 +1,4 @@
-"""Linear layers in few bits: they predict nearly the same, take less memory, and let adapters learn."""
+"""Quantized linear layers: they predict nearly the same, need less memory, and adapters can be trained on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def linear_bytes(base: Base) -> int:
 
 @pytest.mark.parametrize(("quantize", "error", "share"), [("int8", 0.05, 0.3), ("nf4", 0.35, 0.2)])
 @torch.no_grad()
-def test_a_rounded_base_predicts_nearly_the_same_and_is_smaller(
+def test_a_quantized_base_predicts_nearly_the_same_and_is_smaller(
     basepocket: Base, quantize: str, error: float, share: float
 ) -> None:
     rounded = load_base("pocket", "cpu", quantize=quantize)
@@ -41,7 +41,7 @@ def test_a_rounded_base_predicts_nearly_the_same_and_is_smaller(
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_an_adapter_learns_on_a_rounded_base_and_serves_the_whole_one(
+def test_an_adapter_trained_on_a_quantized_base_works_on_the_full_precision_one(
     basepocket: Base, quantize: str
 ) -> None:
     losses: list[float] = []
@@ -54,7 +54,7 @@ def test_an_adapter_learns_on_a_rounded_base_and_serves_the_whole_one(
     editor.release()
 
 
-def test_what_cant_be_rounded_is_one_line(
+def test_what_cant_be_quantized_is_one_line(
     base15: Base, photo_image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SettingError, match="a base that the fit loads"):

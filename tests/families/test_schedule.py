@@ -1,4 +1,4 @@
-"""Noise levels against diffusers' schedulers and against what the papers promise."""
+"""Noise schedules, compared with diffusers' schedulers and with the papers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_target_leads_back_to_the_clean_picture(drawn: Drawn, kind: str) -> 
 
 @pytest.mark.parametrize("kind", get_args(Prediction))
 def test_a_run_of_perfect_predictions_ends_at_the_picture(drawn: Drawn, kind: str) -> None:
-    """Sampler and schedule agree on what the denoiser's output means."""
+    """Sampler and schedule agree on the parameterization of the denoiser's output."""
     clean, noise, _ = drawn
     scheduler: Any = FlowMatchEulerDiscreteScheduler() if kind == "flow" else DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind,

@@ -30,7 +30,9 @@ from lora_unitune.recipe import Recipe
 from lora_unitune.settings import LoraSettings
 
 MOST_STEPS = 20_000  # for one file of these few layers; see `few_steps`
-LARGEST_PEAK = 2**18  # bytes of Python objects while one file is opened, beside 4 for each of its own
+LARGEST_PEAK = (
+    2**18
+)  # bytes of Python objects while one file is opened, in addition to 4 for each byte of the file
 LARGEST_GROWTH = 64 * 2**20  # bytes that the process may grow by, over all files
 
 PACKAGE = str(Path(lora_unitune.__file__).parent)
@@ -107,20 +109,20 @@ def example(
 
 
 def parts_of(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Returns a file's header, and what follows it."""
+    """Returns a file's header, and the bytes after it."""
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]
 
 
 def whole(header: Any, body: bytes) -> bytes:
-    """Returns a file with a header, which may be text already."""
+    """Returns a file with a header, given as an object or as text."""
     text = header if isinstance(header, str) else json.dumps(header)
     encoded = text.encode("utf-8", "surrogatepass")
     return len(encoded).to_bytes(8, "little") + encoded + body
 
 
 def as_version_1(content: bytes) -> bytes:
-    """Returns a file with the header that version 1 would have written."""
+    """Returns a file with the equivalent header of version 1."""
     header, body = parts_of(content)
     own = json.loads(header["__metadata__"]["lora_unitune"])
     lora = own["recipe"]["lora"].items()
@@ -137,7 +139,7 @@ def as_version_1(content: bytes) -> bytes:
 
 
 def tensor_entries(content: bytes, rng: random.Random) -> bytes:
-    """Changes what the header says of a tensor: name, number format, shape or place."""
+    """Mutates the header's entry of a tensor: name, dtype, shape or offsets."""
     header, body = parts_of(content)
     key = rng.choice([key for key in header if key != "__metadata__"])
     entry = header[key]
@@ -166,7 +168,7 @@ def tensor_entries(content: bytes, rng: random.Random) -> bytes:
 
 
 def metadata_entries(content: bytes, rng: random.Random) -> bytes:
-    """Changes the header's own entries, or one thing deep inside them."""
+    """Mutates the header's `__metadata__`, or one value nested inside it."""
     header, body = parts_of(content)
     metadata = header["__metadata__"]
     key = rng.choice(list(metadata))
@@ -179,10 +181,10 @@ def metadata_entries(content: bytes, rng: random.Random) -> bytes:
         header["__metadata__"] = rng.choice(VALUES)
     else:
         try:
-            told = json.loads(metadata[key])
+            decoded = json.loads(metadata[key])
         except ValueError:
-            told = {}
-        place, inner, name = told, told, ""
+            decoded = {}
+        place, inner, name = decoded, decoded, ""
         while isinstance(inner, dict) and inner:
             place, name = inner, rng.choice(list(inner))
             inner = inner[name]
@@ -190,12 +192,12 @@ def metadata_entries(content: bytes, rng: random.Random) -> bytes:
                 break
         if isinstance(place, dict):
             place[name] = rng.choice(VALUES)
-        metadata[key] = json.dumps(told)
+        metadata[key] = json.dumps(decoded)
     return whole(header, body)
 
 
 def raw_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Flips bytes, cuts, doubles or lengthens the file."""
+    """Flips bytes, truncates, duplicates or extends the file."""
     changed = bytearray(content)
     choice = rng.randrange(5)
     if choice < 2:
@@ -221,7 +223,7 @@ def few_steps(most: int = MOST_STEPS) -> Iterator[None]:
     """Counts the lines that run in this package and the Python functions that run anywhere.
 
     Raises:
-        AssertionError: there are more than `most`; inside, as soon as there are, so that no loop is endless.
+        AssertionError: There are more than `most`; raised immediately, so that no loop is endless.
     """
     steps, before = 0, sys.gettrace()
 
@@ -251,14 +253,14 @@ def little_memory(most: int) -> Iterator[None]:
 
 
 def open_as(opened: Callable[[Path], Any], path: Path) -> str:
-    """Opens one file in one way.
+    """Opens one file with one function.
 
     Returns:
         "read" or "refused".
 
     Raises:
-        AssertionError: it took too many steps or too much memory, or the error isn't one printable line.
-        Exception: whatever but this package's own error the file caused.
+        AssertionError: It took too many steps or too much memory, or the error isn't one printable line.
+        Exception: Any error but this package's own.
     """
     size = path.stat().st_size
     try:
@@ -277,15 +279,15 @@ def open_mutated(count: int, seed: int = 0) -> Counter[str]:
     """Opens mutated files.
 
     Args:
-        count: how many.
-        seed: of the mutations.
+        count: Number of files.
+        seed: Seed of the mutations.
 
     Returns:
-        How many were read, and how many refused.
+        Numbers of files that were read and refused.
 
     Raises:
-        AssertionError: one took too many steps, or the process grew too large.
-        Exception: whatever but this package's own error a file caused.
+        AssertionError: One took too many steps, or the process grew too large.
+        Exception: Any error but this package's own.
     """
     rng, found = random.Random(seed), Counter[str]()
     examples = [example(layout, family, fingerprint) for layout in ("diffusers", "kohya")
@@ -317,5 +319,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    print(dict(open_mutated(given.count, given.seed)))
+    arguments = parser.parse_args()
+    print(dict(open_mutated(arguments.count, arguments.seed)))

@@ -1,1 +1,1 @@
-"""One adapter of each layout and each released format version, and what an edit with it looks like."""
+"""One adapter of each layout and each released format version, and an edit with each."""

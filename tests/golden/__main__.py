@@ -2,7 +2,7 @@
 
     cd tests && python -m golden
 
-Files of released versions are never written again: whoever has one on disk expects it to open.
+Files of released versions are never rewritten: users' files of these versions have to open.
 """
 
 from __future__ import annotations

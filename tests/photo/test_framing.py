@@ -1,4 +1,4 @@
-"""Framing: a photo of any shape becomes one that a base can work on, whole where its shape allows."""
+"""Framing: a photo of any shape is resized to a size that the base supports, without cropping if possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = [(4000, 3000), (3000, 4000), (4032, 2268), (1500, 1000), (900, 900), (1
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """A picture whose red grows from left to right, and whose green grows from top to bottom."""
+    """An image whose red grows from left to right, and whose green grows from top to bottom."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
 
@@ -49,7 +49,7 @@ def test_a_number_of_pixels_and_an_exact_size_are_kept() -> None:
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (256, 256), (320, 200)])
-def test_a_photo_of_nearly_the_shape_is_used_whole(shape: tuple[int, int]) -> None:
+def test_a_photo_of_nearly_the_shape_is_not_cropped(shape: tuple[int, int]) -> None:
     photo = load_photo(gradient(*shape))
     size = choose_size(shape, OWN, (64, 64), 16)
     framed = np.asarray(frame(photo, size).image).astype(int)
@@ -58,7 +58,7 @@ def test_a_photo_of_nearly_the_shape_is_used_whole(shape: tuple[int, int]) -> No
     assert framed[0, :, 1].max() < 8 and framed[-1, :, 1].min() > 247, "from its top to its bottom edge"
 
 
-def test_of_a_panorama_the_centre_is_used_with_a_note() -> None:
+def test_a_panorama_is_center_cropped_with_a_note() -> None:
     framed = frame(load_photo(gradient(1000, 100)), choose_size((1000, 100), OWN, (64, 64), 16))
     assert framed.image.size == (96, 48)
     assert "only its centre is used, 200 of 1000 pixels of its width" in framed.notes
@@ -66,7 +66,7 @@ def test_of_a_panorama_the_centre_is_used_with_a_note() -> None:
     assert red.min() > 95 and red.max() < 160, "the middle fifth"
 
 
-def test_what_fits_passes_unchanged() -> None:
+def test_a_photo_of_the_right_size_is_unchanged() -> None:
     image = gradient(64, 48)
     framed = frame(load_photo(image), (64, 48))
     assert framed.image.tobytes() == image.tobytes() and framed.notes == ()

@@ -1,4 +1,4 @@
-"""Photos: whatever a person gives comes out upright and in sRGB, or as one clear error."""
+"""Photos: any image is read as upright sRGB, or raises one clear error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDE = 32
 
 @pytest.fixture
 def quarters() -> Image.Image:
-    """A 32 x 32 RGB picture of four colours, so that any turn or flip shows."""
+    """A 32 x 32 RGB image of four colours, which detects any rotation or flip."""
     image = Image.new("RGB", (SIDE, SIDE))
     for index, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]):
         image.paste(colour, (index % 2 * 16, index // 2 * 16, index % 2 * 16 + 16, index // 2 * 16 + 16))
@@ -30,7 +30,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_a_fitting_picture_passes_untouched(tmp_path: Path, quarters: Image.Image) -> None:
+def test_an_rgb_image_is_unchanged(tmp_path: Path, quarters: Image.Image) -> None:
     quarters.save(tmp_path / "a.png")
     for source in (quarters, tmp_path / "a.png", str(tmp_path / "a.png")):
         photo = load_photo(source)
@@ -147,7 +147,7 @@ def test_cut_off_files_are_one_clear_error(tmp_path: Path, name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n")

@@ -47,9 +47,9 @@ def test_the_interval_holds_the_share() -> None:
 def test_the_command_prints_one_object(rare: list[str], tmp_path: Path) -> None:
     command = ["--prompts", "4", "--steps", "2", "--json", "--sheet", str(tmp_path / "sheet.png"), *rare]
     result = CliRunner().invoke(evaluate.main, command, catch_exceptions=False)
-    found = json.loads(result.stdout)
-    assert found["prompts"] == found["read_right"]["object"]["all"]["of"] == 4
-    assert found["steps"] == 2
+    summary = json.loads(result.stdout)
+    assert summary["prompts"] == summary["read_right"]["object"]["all"]["of"] == 4
+    assert summary["steps"] == 2
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 8 * 128
 

@@ -28,11 +28,11 @@ def test_the_singular_vectors_stay() -> None:
 
 def test_it_fits_a_convolution() -> None:
     torch.manual_seed(0)
-    wanted, found = nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(4, 6, 3, bias=False)
+    wanted, trained = nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(4, 6, 3, bias=False)
     pictures = torch.randn(16, 4, 8, 8)
-    optimizer, losses = Muon(found.parameters(), lr=0.02), []
+    optimizer, losses = Muon(trained.parameters(), lr=0.02), []
     for _ in range(150):
-        loss = (found(pictures) - wanted(pictures).detach()).square().mean()
+        loss = (trained(pictures) - wanted(pictures).detach()).square().mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -40,7 +40,7 @@ def test_it_fits_a_convolution() -> None:
     assert losses[-1] < 0.05 * losses[0]
 
 
-def test_it_goes_on_from_its_state() -> None:
+def test_it_resumes_from_its_state() -> None:
     def run(steps: int, optimizer: Muon, weight: nn.Parameter) -> None:
         for step in range(steps):
             weight.grad = torch.full_like(weight, 0.5) + torch.eye(4) * (step + 1)

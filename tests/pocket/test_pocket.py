@@ -1,4 +1,4 @@
-"""The base that ships: plain diffusers reads it, and the main job works on it from end to end."""
+"""Pocket: plain diffusers loads it, and a fit and an edit work end to end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def editor() -> Editor:
 
 @pytest.fixture(scope="module")
 def adapter(editor: Editor) -> Adapter:
-    """A fit with the default recipe, of a scene that pocket never saw."""
+    """A fit with the default recipe, of a held-out scene."""
     before = weights_of(editor.base)
     fitted = fit(world.render(world.draw_scene(SCENE, "held-out")), base=editor.base, seed=1)
     after = weights_of(editor.base)
@@ -51,7 +51,7 @@ def test_the_weights_are_small_and_never_pickles() -> None:
     assert "commit" in (POCKET_FOLDER / "PROVENANCE.md").read_text()
 
 
-def test_a_fit_redraws_its_photo_from_noise(editor: Editor, adapter: Adapter) -> None:
+def test_a_fit_reconstructs_its_photo_from_noise(editor: Editor, adapter: Adapter) -> None:
     photo = editor.photo_round_trip(adapter)
     before = psnr(editor.reconstruct(adapter, seed=5, adapter_scale=0.0).image, photo)
     after = psnr(editor.reconstruct(adapter, seed=5).image, photo)
@@ -69,7 +69,7 @@ def test_saving_and_loading_changes_no_output(editor: Editor, adapter: Adapter, 
     )
 
 
-def test_plain_diffusers_draws_the_same(editor: Editor, adapter: Adapter, file: Path) -> None:
+def test_plain_diffusers_samples_the_same(editor: Editor, adapter: Adapter, file: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(
         POCKET_FOLDER, use_safetensors=True, safety_checker=None
     )

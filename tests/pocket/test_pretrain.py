@@ -46,8 +46,8 @@ def test_the_schedule_ends_in_pure_noise_and_no_timestep_is_left_out() -> None:
     assert weights.min() > 0
 
 
-def test_lessons_name_what_is_in_the_picture() -> None:
-    """The sun that a scene is labelled with is the one that is drawn; every pose that occurs has a label."""
+def test_auxiliary_labels_agree_with_the_image() -> None:
+    """The label of the sun is its rendered position; every pose that occurs has a label."""
     drawn = [world.draw_scene(seed) for seed in range(300)]
     labels = poses_and_suns(drawn)
     assert len(set(labels[:, 0].tolist())) == 12
@@ -60,7 +60,7 @@ def test_lessons_name_what_is_in_the_picture() -> None:
         assert int(np.argmax(shares)) == labels[i, 1]
 
 
-def test_training_goes_on_where_it_stopped(trained: Path) -> None:
+def test_training_resumes(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "unet.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] > rows[-2]["step"]
     assert {"right", "none", "wrong"} <= rows[-1].keys()
@@ -77,7 +77,7 @@ def test_every_part_of_the_unet_gets_a_gradient(trained: Path) -> None:
 def test_training_does_not_start_from_weights_of_another_depth(tmp_path: Path) -> None:
     deep = UNet2DConditionModel.from_config({**build_unet().config, "layers_per_block": 2})
     deep.save_pretrained(tmp_path / "unet")
-    with pytest.raises(ClickException, match="has 2 layers a block"):
+    with pytest.raises(ClickException, match="has 2 layers per block"):
         earlier_unet(tmp_path, 1)
 
 

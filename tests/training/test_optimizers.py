@@ -1,4 +1,4 @@
-"""Every optimizer descends, and says clearly when it can't be had."""
+"""Every optimizer minimizes, and raises a clear error if it is unavailable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_unitune.training.optimizers import OPTIMIZERS, best_for, make_optimize
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.filterwarnings("ignore")  # the paged form says that it isn't paged on a CPU
+@pytest.mark.filterwarnings("ignore")  # the paged optimizer warns that it isn't paged on a CPU
 def test_every_optimizer_descends(name: str) -> None:
     target = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))  # large enough for 8-bit state
     weight = torch.nn.Parameter(torch.zeros(128, 64))

@@ -1,4 +1,4 @@
-"""Photo, recipe and base -> Prepared."""
+"""Preprocessing: photo, recipe and base -> Prepared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rare tokens: what is found is rare, stable, and the same every time; what can't be used is refused."""
+"""Rare tokens: chosen tokens are rare, stable and deterministic; unusable ones are refused."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_the_same_tokens_every_time_and_limit_is_a_prefix(tokenizer: Any) -> Non
 
 
 def test_joined_tokens_stay_one_token_each_in_front_of_a_prompt(tokenizer: Any) -> None:
-    found = find_rare_tokens(ClipVocabulary(tokenizer), count=3)
-    assert len(found.split()) == 3
-    alone = tokenizer(found, add_special_tokens=False)["input_ids"]
-    prompted = tokenizer(f"{found} a red fox", add_special_tokens=False)["input_ids"]
+    tokens = find_rare_tokens(ClipVocabulary(tokenizer), count=3)
+    assert len(tokens.split()) == 3
+    alone = tokenizer(tokens, add_special_tokens=False)["input_ids"]
+    prompted = tokenizer(f"{tokens} a red fox", add_special_tokens=False)["input_ids"]
     assert len(alone) == 3 and prompted[:3] == alone
-    assert check_rare_tokens(ClipVocabulary(tokenizer), found) == found
+    assert check_rare_tokens(ClipVocabulary(tokenizer), tokens) == tokens
 
 
 def test_too_many_rare_tokens_say_how_many_there_are(tokenizer: Any) -> None:

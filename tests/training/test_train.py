@@ -1,4 +1,4 @@
-"""The fit: it learns, it repeats, and it leaves the base as it was."""
+"""The fit: it lowers the loss, is deterministic, and restores the base."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def trained(
     base: Base, prepared: Prepared, overrides: Sequence[str], on_note: OnNote | None = None
 ) -> dict[str, torch.Tensor]:
-    """Trains as `fit` does, and returns the tensors before they are rounded to a file's precision."""
+    """Trains as `fit` does, and returns the tensors before they are rounded to float16."""
     recipe = base.family.complete(base.family.complete(Recipe()).override(list(overrides)))
     with _trainable(base, recipe, seeded()):
         train(prepared, base, recipe, seeded(1), on_note=on_note)
@@ -52,9 +52,9 @@ def untrained(base: Base, overrides: Sequence[str]) -> dict[str, torch.Tensor]:
 def apart(
     first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
 ) -> float:
-    """How far two fits end from each other, as a share of the first one's way from its start.
+    """The distance between the results of two fits, relative to the first one's distance from its start.
 
-    A fit that doesn't train ends 1 apart from one that does, whatever the learning rate.
+    A fit that doesn't train has distance 1 to one that does, whatever the learning rate.
     """
     assert first.keys() == second.keys() == start.keys()
     between, way = (
@@ -77,7 +77,7 @@ def prepared(base15: Base, photo_image: Image.Image) -> Prepared:
 
 @torch.no_grad()
 def error_on_photo(base: Base, photo: Image.Image) -> float:
-    """The loss on the photo with its rare tokens, on noise and timesteps that are always the same."""
+    """The loss on the photo with its rare tokens, with fixed noise and timesteps."""
     prepared = prepare(at(photo, 32), Recipe(), base)
     latents, schedule = prepared.mean.expand(32, -1, -1, -1), base.schedule()
     noise = torch.randn(latents.shape, generator=seeded(8))
@@ -129,7 +129,7 @@ def test_a_base_can_be_named_by_its_folder(tiny_sd15: Path, base15: Base, photo_
 def test_the_same_seed_gives_the_same_tensors_twice(base: Base, photo_image: Image.Image) -> None:
     fits = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(fits))  # the global state has no say
+        torch.manual_seed(len(fits))  # the global random state has no effect
         fits.append(fit(photo_image, base=base, recipe=Recipe(), overrides=QUICK, seed=seed).tensors)
     assert distance(fits[0], fits[1]) == 0
     learned = [{key: t for key, t in tensors.items() if key.endswith("lora_B.weight")} for tensors in fits]
@@ -137,7 +137,7 @@ def test_the_same_seed_gives_the_same_tensors_twice(base: Base, photo_image: Ima
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_base_is_restored_to_the_bit_even_when_stopped(
+def test_the_base_is_restored_bit_for_bit_even_when_stopped(
     base15: Base, photo_image: Image.Image, method: str
 ) -> None:
     before = weights_of(base15)
@@ -200,10 +200,10 @@ def test_checkpointing_changes_nothing_and_is_switched_off(base15: Base, prepare
     assert not base15.parts["unet"].is_gradient_checkpointing
 
 
-def test_a_fit_that_runs_out_of_memory_goes_on_with_less_to_the_same_end(
+def test_a_fit_that_runs_out_of_memory_continues_with_less_to_the_same_result(
     base15: Base, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other programs take the memory away after two steps; a copy needs a third of it if recomputed."""
+    """Memory shrinks after two steps; with checkpointing a noised copy needs a third of it."""
     overrides = ("fit.steps=3", "fit.optimizer=sgd", "lora.unet.learning_rate=0.1", "fit.batch_size=4")
     whole, predict, unet = trained(base15, prepared, overrides), base15.predict, base15.parts["unet"]
     notes, sizes, room = list[str](), list[int](), [12, 12, 2]

@@ -1,1 +1,1 @@
-"""How pocket is trained from nothing; not needed at run time."""
+"""Training of pocket from scratch; not needed at run time."""

@@ -1,4 +1,4 @@
-"""Builds pocket's parts, untrained, in the Stable Diffusion layout; and writes them as a pipeline folder."""
+"""Builds pocket's untrained components in Stable Diffusion's layout, and writes them as a pipeline folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def byte_symbols() -> list[str]:
 
 
 def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges until every given word is one symbol (Sennrich et al., 2016, arXiv 1508.07909)."""
+    """Byte-pair merges until every word is one symbol (Sennrich et al., 2016, arXiv 1508.07909)."""
     split = [[*word[:-1], word[-1] + "</w>"] for word in texts]
     merges: list[tuple[str, str]] = []
     while True:
@@ -55,7 +55,7 @@ def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer that knows every word of a caption, and rare words beside them."""
+    """A CLIP tokenizer with a token for every caption word and every rare word."""
     merges = learn_merges([w.strip(",") for w in world.words()] + rare_words())
     symbols = byte_symbols()
     entries = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges] + [START, END]

@@ -1,4 +1,4 @@
-"""What pocket is trained on: drawn scenes kept on disk, photos, crops of both, and the VAE's round trip."""
+"""Training data of pocket: rendered scenes cached on disk, photos, crops of both, and VAE reconstructions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _draw(job: tuple[int, str]) -> np.ndarray:
 
 
 def scenes(work: Path, split: str, count: int) -> np.ndarray:
-    """(count, 64, 64, 3) uint8, scene number i being drawn from seed i; kept on disk."""
+    """(count, 64, 64, 3) uint8, scene i is drawn with seed i; cached on disk."""
     file = work / f"scenes-{split}-{count}.npy"
     if not file.exists():
         with multiprocessing.Pool() as pool:

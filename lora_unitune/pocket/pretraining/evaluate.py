@@ -1,4 +1,4 @@
-"""How well a pocket base draws what it is told, as the examiner reads it.
+"""Prompt adherence of a pocket base, as classified by the examiner.
 
     python -m lora_unitune.pocket.pretraining.evaluate [--prompts 512] [--json]
     python -m lora_unitune.pocket.pretraining.evaluate vae
@@ -52,15 +52,15 @@ Rows = dict[str, dict[str, Any]]
 
 def requests(count: int) -> list[tuple[str, world.Scene]]:
     """Prompts over all attributes, each with a scene it describes; every fourth is an unseen pair."""
-    found = []
+    pairs = []
     for number in range(count):
         scene = world.draw_scene(number, "held-out" if number % 4 else "unseen")
-        found.append((world.describe(scene, random.Random(number)), scene))
-    return found
+        pairs.append((world.describe(scene, random.Random(number)), scene))
+    return pairs
 
 
 def draw(base: Base, prompts: list[str], seeds: list[int], settings: EditSettings) -> np.ndarray:
-    """Pictures of the prompts, (n, 64, 64, 3) uint8, each from noise alone, of its own seed."""
+    """Samples of the prompts, (n, 64, 64, 3) uint8, each from noise of its own seed."""
     out, editor, settings = [], Editor(base), replace(settings, strength=1.0)
     for start in range(0, len(prompts), BATCH):
         texts = prompts[start : start + BATCH]
@@ -73,7 +73,7 @@ def draw(base: Base, prompts: list[str], seeds: list[int], settings: EditSetting
 def examine(
     base: Base, count: int, settings: EditSettings, rare_tokens: str = ""
 ) -> tuple[np.ndarray, Rows, list[tuple[str, str, int]]]:
-    """Pictures of the requests, the rare tokens before each, and what `judge` says of them."""
+    """Samples of the requests, with rare tokens before each prompt, and the result of `judge`."""
     prompts, asked = zip(*requests(count), strict=True)
     texts = [f"{rare_tokens} {prompt}".strip() for prompt in prompts]
     pictures = draw(base, texts, list(range(count)), settings)
@@ -81,7 +81,7 @@ def examine(
 
 
 def shares_right(pipeline: StableDiffusionPipeline, device: str, count: int = 64) -> dict[str, float]:
-    """Share of each attribute that the examiner reads as asked for, of a few prompts; for logs."""
+    """Accuracy of each attribute on a few prompts, for logs."""
     names = ("unet", "vae", "tokenizer", "scheduler", "text_encoder")
     parts = {name: getattr(pipeline, name) for name in names}
     base = StableDiffusionBase("pocket", **parts, device=torch.device(device), dtype=torch.float32)
@@ -90,7 +90,7 @@ def shares_right(pipeline: StableDiffusionPipeline, device: str, count: int = 64
 
 
 def interval(right: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927)."""
+    """95 % confidence interval of a proportion (Wilson, 1927)."""
     if not of:
         return 0.0, 1.0
     z, share = 1.96, right / of
@@ -99,7 +99,7 @@ def interval(right: int, of: int) -> tuple[float, float]:
 
 
 def judge(pictures: np.ndarray, asked: list[world.Scene]) -> tuple[Rows, list[tuple[str, str, int]]]:
-    """Shares that the examiner reads as asked for, and what it mistook for what how often."""
+    """Accuracy of each attribute as read by the examiner, and the most frequent confusions."""
     reading, rows, mistaken = examiner.read(pictures), Rows(), Counter[tuple[str, str]]()
     unseen = np.array([world.is_unseen_pair(scene.object, scene.place) for scene in asked])
     for field in examiner.CHOICES:
@@ -136,8 +136,8 @@ def table(rows: Rows, mistaken: list[tuple[str, str, int]]) -> str:
 @click.group(help=__doc__, invoke_without_command=True)
 @click.option("--prompts", default=512, show_default=True, type=click.IntRange(1))
 @click.option("--base", default=POCKET_FOLDER, type=click.Path(path_type=Path, exists=True), help="Folder.")
-@click.option("--guidance", type=float, help="Instead of the default recipe's.")
-@click.option("--steps", type=int, help="Instead of the default recipe's.")
+@click.option("--guidance", type=float, help="Override the default recipe's.")
+@click.option("--steps", type=int, help="Override the default recipe's.")
 @click.option("--rare", is_flag=True, help="Put the rare tokens before every prompt.")
 @click.option("--sheet", type=click.Path(dir_okay=False), help="Write the first 64 pictures as a PNG.")
 @click.option("--json", "as_json", is_flag=True)
@@ -152,8 +152,8 @@ def main(
     sheet: str | None,
     as_json: bool,
 ) -> None:
-    given = {"guidance": guidance, "steps": steps}
-    overrides = [f"edit.{name}={value}" for name, value in given.items() if value is not None]
+    options = {"guidance": guidance, "steps": steps}
+    overrides = [f"edit.{name}={value}" for name, value in options.items() if value is not None]
     settings = Recipe.load("pocket/default").override(overrides).edit
     loaded = load_base(str(base), "cpu")
     context.obj = (loaded, settings)
@@ -163,10 +163,10 @@ def main(
     pictures, rows, mistaken = examine(loaded, prompts, settings, words)
     if sheet:
         grid(pictures[:64], 8, [""] * 8).save(sheet)
-    found: dict[str, Any] = {"prompts": prompts, "rare": rare, "steps": settings.steps}
-    found |= {name: value for name, value in asdict(settings).items() if name.startswith("guidance")}
-    found |= {"read_right": rows, "mistaken": mistaken}
-    click.echo(json.dumps(found) if as_json else table(rows, mistaken))
+    summary: dict[str, Any] = {"prompts": prompts, "rare": rare, "steps": settings.steps}
+    summary |= {name: value for name, value in asdict(settings).items() if name.startswith("guidance")}
+    summary |= {"read_right": rows, "mistaken": mistaken}
+    click.echo(json.dumps(summary) if as_json else table(rows, mistaken))
 
 
 @main.command()
@@ -201,7 +201,7 @@ def _dogs(split: str, count: int) -> list[world.Scene]:
 def diversity(obj: Any) -> None:
     """64 seeds of "a dog": spread of position and size, and distance to the nearest training scene.
 
-    Held-out scenes tell how near two scenes come that aren't the same.
+    The distance of held-out scenes shows how near two different scenes can be.
     """
     drawn = draw(obj[0], ["a dog"] * 64, list(range(64)), obj[1])
     training, held_out = renders(_dogs("train", 40000)), renders(_dogs("held-out", 2500)[:64])
@@ -221,7 +221,7 @@ def diversity(obj: Any) -> None:
 @click.argument("output", type=click.Path(dir_okay=False))
 @click.pass_obj
 def gallery(obj: Any, output: str) -> None:
-    """Eight prompts, seeds 0 to 7, nothing picked; pairs that never occur in training are marked."""
+    """Eight prompts, seeds 0 to 7, not cherry-picked; pairs that never occur in training are marked."""
     texts = [text for text, _, _ in GALLERY for _ in range(8)]
     pictures = draw(obj[0], texts, list(range(8)) * len(GALLERY), obj[1])
     grid(pictures, 8, [text + (" (never in training)" if world.is_unseen_pair(name, place) else "")
@@ -229,7 +229,7 @@ def gallery(obj: Any, output: str) -> None:
 
 
 def grid(pictures: np.ndarray, columns: int, titles: list[str]) -> Image.Image:
-    """Pictures at twice their size, each row under its title."""
+    """A sheet of images at twice their size, each row under its title."""
     side, gap, title = 128, 4, 20 if any(titles) else 0
     row = side + gap + title
     sheet = Image.new("RGB", (columns * (side + gap) + gap, len(titles) * row + gap), "white")

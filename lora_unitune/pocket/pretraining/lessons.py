@@ -1,4 +1,4 @@
-"""What pocket is taught beside drawing: to name what a caption says, and what the noise hides."""
+"""Auxiliary losses of pocket's training: classification of captions, and of poses and suns hidden by noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTION_FIELDS = ("object", "place", "time", "look", "colour", "side", "scale", 
 
 
 def _labels(drawn: list[world.Scene]) -> Tensor:
-    """(n, fields) int64: which of the values that occur each attribute has."""
+    """(n, fields) int64: class index of each attribute's value, among those that occur."""
     columns = [[getattr(scene, field) for scene in drawn] for field in CAPTION_FIELDS]
     kinds = [{value: index for index, value in enumerate(sorted(set(column)))} for column in columns]
     return torch.tensor(
@@ -31,7 +31,7 @@ def _labels(drawn: list[world.Scene]) -> Tensor:
 def teach_words(
     encoder: nn.Module, tokenizer: Any, drawn: list[world.Scene], seconds: float, device: str
 ) -> float:
-    """A head start: the text encoder learns to name a caption's attributes from its last position."""
+    """Pretrains the text encoder to classify a caption's attributes from its last position; returns the loss."""
     labels, rng = _labels(drawn), random.Random(1)
     sizes = (labels.max(0).values + 1).tolist()
     head = nn.Linear(128, sum(sizes)).to(device)
@@ -58,12 +58,12 @@ def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
 
 
 class Observer(nn.Module):
-    """A UNet that also has to name, from its middle, what the noise hides: the object's pose, and the sun.
+    """A UNet with an auxiliary head on its middle block that classifies the object's pose and the sun's position.
 
-    A UNet of which half got no gradient (see the weights' provenance) saw these only once the noise was
-    almost gone, and drew several poses into one another until then. Whether one that learns as a whole needs
-    to be told isn't measured. The names are a lesson as in representation alignment
-    (arXiv 2410.06940), where features align with what we know of the scene; the head isn't kept.
+    A UNet half of which got no gradient (see the weights' provenance) recognized these only at very low noise,
+    and blended several poses at higher noise. Whether a fully trained UNet needs this loss isn't measured. It
+    resembles representation alignment (arXiv 2410.06940), with the known attributes of the scene as targets; the
+    head isn't exported.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -72,7 +72,7 @@ class Observer(nn.Module):
         self.head = nn.Linear(unet.config["block_out_channels"][-1] * 16, len(POSES) + len(SUNS))
         unet.mid_block.register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, given: Any, features: Tensor) -> None:
+    def _keep(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
         self._features = features
 
     def forward(self, noisy: Tensor, timesteps: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class Observer(nn.Module):
 
 
 def poses_and_suns(drawn: list[world.Scene]) -> Tensor:
-    """(n, 2) int64: which of `POSES`, and which of `SUNS`; -100 for a sun that a room hides."""
+    """(n, 2) int64: indices in `POSES` and `SUNS`; -100 (ignored) for a sun hidden by a room."""
     return torch.tensor(
         [
             (POSES.index((s.side, s.scale, s.mirrored)), -100 if s.place == "room" else world.sun(s))

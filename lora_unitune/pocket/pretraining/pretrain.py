@@ -1,11 +1,11 @@
-"""Trains the pocket base from nothing: scenes, then VAE, then text encoder and UNet.
+"""Trains the pocket base from scratch: scenes, then VAE, then text encoder and UNet.
 
     python -m lora_unitune.pocket.pretraining.pretrain all WORK_FOLDER
     python -m lora_unitune.pocket.pretraining.pretrain export WORK_FOLDER lora_unitune/pocket/weights
 
-Every stage keeps its state in the work folder, and goes on from there when it is run again.
-Each stage's learning rate follows the share of its minutes that is used up. `export` may run at any time.
-The defaults made a base from nothing; the shipped weights learned on from it, as their PROVENANCE.md tells.
+Every stage saves checkpoints in the work folder, and resumes from them when it is run again. Its learning rate
+follows the share of its minutes that is used up. `export` may run at any time. The defaults train a base from
+scratch; the shipped weights were trained further from it, see their PROVENANCE.md.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _half(device: str) -> torch.autocast:
 
 
 def train_vae(work: Path, count: int, minutes: float, device: str, start: Path | None) -> None:
-    """The autoencoder: absolute and squared error, and a light pull of the latents to a unit Gaussian."""
+    """The autoencoder: absolute and squared error, and a small KL penalty of the latents to a unit Gaussian."""
     torch.manual_seed(0)
     train, held_out = scenes(work, "train", count), scenes(work, "held-out", HELD_OUT)
     photos, rng = photos_of_skimage(), random.Random(0)
@@ -69,7 +69,7 @@ def train_vae(work: Path, count: int, minutes: float, device: str, start: Path |
     stage = Stage(work, "vae", minutes, 1e-3 if start else 2e-3, 0.6)
     if start and not stage.file.exists():
         vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae", **READ).state_dict())
-        stage.go_on_counting()
+        stage.continue_counting()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = Average({"vae": vae}, 0.999)
     things = {"vae": vae, "optimizer": optimizer, "average": average}
@@ -111,7 +111,7 @@ def load_vae(work: Path) -> Any:
 
 @torch.no_grad()
 def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tensor, Tensor, float]:
-    """Posterior means and deviations (count, 4, 16, 16) float16, and the scaling factor; kept on disk."""
+    """Posterior means and deviations (count, 4, 16, 16) float16, and the scaling factor; cached on disk."""
     file = work / f"latents-{split}-{count}.pt"
     if not file.exists():
         vae, pictures = load_vae(work).to(device), scenes(work, split, count)
@@ -128,7 +128,7 @@ def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tens
 class CaptionBatches(IterableDataset[tuple[Tensor, Tensor]]):
     """Endless epochs of scene numbers (batch,) and tokens (batch, length) of fresh captions for them.
 
-    Some captions have meaningless rare words before them. Each worker process shuffles on its own.
+    Some captions have meaningless rare words prepended. Each worker process shuffles on its own.
     """
 
     def __init__(self, drawn: list[world.Scene], tokenizer: Any, batch: int, seed: int) -> None:
@@ -150,16 +150,16 @@ class CaptionBatches(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """min(SNR + 1, 6) / (SNR + 1): min-SNR (arXiv 2303.09556) for v-prediction, whole at zero signal."""
+    """min(SNR + 1, 6) / (SNR + 1): min-SNR (arXiv 2303.09556) for v-prediction, 1 at zero signal."""
     return (6.0 * (1.0 - alphas_cumprod[timesteps])).clamp(max=1.0)
 
 
 def concentrate(timesteps: Tensor) -> Tensor:
-    """Moves uniform timesteps, 0 to 999, so that 15 in a hundred lie below 350, and 20 above 800.
+    """Maps uniform timesteps, 0 to 999, so that 15 % lie below 350 and 20 % above 800.
 
-    Between the two, an object's noisy latents, a few hundred, say together where it stands and which way it
-    faces, but none says so alone: what a small model learns last. Below, it can be seen. Above, the caption
-    decides it, and how often each comes when the caption doesn't.
+    Between the two, an object's position and facing can be inferred only from all of its few hundred noisy latents
+    together, which a small model learns last. Below, they are visible. Above, they follow from the caption, or from
+    their frequencies where the caption doesn't mention them.
     """
     shares = np.interp(timesteps.numpy() / 1000, (0.0, 0.15, 0.8, 1.0), (0.0, 0.35, 0.8, 1.0))
     return torch.from_numpy(shares * 1000).long()
@@ -168,7 +168,7 @@ def concentrate(timesteps: Tensor) -> Tensor:
 def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
     """Weights of the loss over each latent, (n, 1, side, side), mean 1: four times as much around the object.
 
-    They say what to learn first, and only where the noise shows the object: see `where_seen`.
+    Applied only at timesteps at which the object is visible: see `where_seen`.
     """
     weights = torch.ones(len(drawn), 1, side, side)
     for weight, scene in zip(weights, drawn, strict=True):
@@ -180,23 +180,22 @@ def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
 
 
 def where_seen(weights: Tensor, timesteps: Tensor) -> Tensor:
-    """Takes weights (b, 1, h, w) as they are up to timestep 250, and evens them out up to 450.
+    """Keeps weights (b, 1, h, w) up to timestep 250, and interpolates them to 1 at 450.
 
-    Where the noise hides the object, weights that follow it would count the scenes in which it covers a place
-    four times, and those in which it doesn't once: the best prediction would show it larger, and everywhere
-    at once.
+    Where the noise hides the object, weights that follow it would count scenes in which it covers a position four
+    times, and the others once: the optimal prediction would show it too large, and in several positions.
     """
     share = ((450 - timesteps.float()) / 200).clamp(0, 1).view(-1, 1, 1, 1)
     return 1 + share * (weights - 1)
 
 
 def earlier_unet(folder: Path, wanted: int) -> UNet2DConditionModel:
-    """The UNet of a pipeline folder; one with another number of layers a block than wanted is refused."""
+    """The UNet of a pipeline folder, which has to have the wanted number of layers per block."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", **READ)
-    given = unet.config["layers_per_block"]
-    if given != wanted:
+    layers = unet.config["layers_per_block"]
+    if layers != wanted:
         raise click.ClickException(
-            f"the UNet of {folder} has {given} layers a block, this one {wanted}; "
+            f"the UNet of {folder} has {layers} layers per block, this one {wanted}; "
             "give a folder whose UNet has as many"
         )
     return unet
@@ -204,7 +203,7 @@ def earlier_unet(folder: Path, wanted: int) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -> dict[str, float]:
-    """Error of the predicted clean latent with the right caption, none, and a wrong one."""
+    """Mean squared error of the predicted clean latents with the right caption, none, and a wrong one."""
     mean, _, scale = encode_scenes(work, "held-out", HELD_OUT, device)
     clean, alphas = (mean.float() * scale).to(device), build_scheduler().alphas_cumprod.to(device)
     generator = torch.Generator().manual_seed(0)
@@ -219,8 +218,8 @@ def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -
         world.caption(world.draw_scene(i, "held-out"), random.Random(i + 10**6)) for i in range(HELD_OUT)
     ]
     errors = {}
-    for name, said in {"right": texts, "none": [""] * HELD_OUT, "wrong": texts[7:] + texts[:7]}.items():
-        embedded = average.kept["text_encoder"](tokens(tokenizer, said).to(device)).last_hidden_state
+    for name, captions in {"right": texts, "none": [""] * HELD_OUT, "wrong": texts[7:] + texts[:7]}.items():
+        embedded = average.kept["text_encoder"](tokens(tokenizer, captions).to(device)).last_hidden_state
         v = average.kept["unet"](noisy, steps, embedded).sample
         errors[name] = (a.sqrt() * noisy - (1 - a).sqrt() * v - clean).square().mean().item()
     return errors
@@ -249,10 +248,10 @@ def train_unet(
     if start and not stage.file.exists():
         unet.load_state_dict(earlier_unet(start, unet.config["layers_per_block"]).state_dict())
         encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
-        stage.go_on_counting()
+        stage.continue_counting()
     elif not stage.file.exists():
         stage.log(words_loss=teach_words(encoder, tokenizer, drawn, stage.budget / 67, device))
-    encoder.requires_grad_(not start)  # it knows its words; the lesson below would have it forget the rest
+    encoder.requires_grad_(not start)  # it is trained already; the auxiliary loss below would make it forget
     parameters = [p for p in (*unet.parameters(), *encoder.parameters()) if p.requires_grad]
     average = Average({"unet": unet, "text_encoder": encoder}, 0.999)
     observer = Observer(unet).to(device)
@@ -286,17 +285,17 @@ def train_unet(
         error = (v.float() - target).square() * where_seen(around[chosen], steps)
         loss = (error.mean((1, 2, 3)) * weights_of_timesteps(steps, alphas)).mean()
         pose, sun = names.float().split((len(POSES), len(SUNS)), dim=1)
-        told = labels[chosen]
-        lesson = F.cross_entropy(pose, told[:, 0]) + F.cross_entropy(sun, told[:, 1])
+        true = labels[chosen]
+        auxiliary = F.cross_entropy(pose, true[:, 0]) + F.cross_entropy(sun, true[:, 1])
         muon.zero_grad()
         adam.zero_grad()
-        (loss + 0.3 * lesson).backward()
+        (loss + 0.3 * auxiliary).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         muon.step()
         adam.step()
         average.update()
         losses.append(loss.item())
-        seen += (pose.argmax(1) == told[:, 0])[(steps >= 500) & (steps < 800)].tolist()
+        seen += (pose.argmax(1) == true[:, 0])[(steps >= 500) & (steps < 800)].tolist()
         rows = stage.pictures // LOG_EVERY
         if rows > (stage.pictures - batch) // LOG_EVERY:
             row = {"pose": float(np.mean(seen))} | held_out_errors(work, average, tokenizer, device)
@@ -311,7 +310,7 @@ def train_unet(
 
 
 def pipeline_of(work: Path, scale: float, kept: dict[str, Any], tokenizer: Any) -> StableDiffusionPipeline:
-    """A copy of the weights so far as a pipeline on the CPU, in float32."""
+    """A copy of the current weights as a pipeline on the CPU, in float32."""
     vae = load_vae(work)
     vae.register_to_config(scaling_factor=scale)
     parts = {name: copy.deepcopy(part).cpu() for name, part in kept.items()}
@@ -341,13 +340,13 @@ def main() -> None:
 @click.option("--scenes", "count", default=40000, show_default=True, help="Training scenes to draw.")
 @click.option("--vae-minutes", default=25.0, show_default=True)
 @click.option("--unet-minutes", default=92.0, show_default=True)
-@click.option("--batch", default=64, show_default=True, help="Pictures a step of the UNet.")
-@click.option("--peak", default=1e-3, show_default=True, help="Highest learning rate of the UNet.")
+@click.option("--batch", default=64, show_default=True, help="Batch size of the UNet.")
+@click.option("--peak", default=1e-3, show_default=True, help="Peak learning rate of the UNet.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
-    help="Folder of earlier weights: VAE (unless its minutes are 0) and UNet learn on, the text encoder not.",
+    help="Folder of earlier weights to train further: the VAE (unless its minutes are 0) and the UNet.",
 )
 def run_all(
     work: Path,
@@ -359,7 +358,7 @@ def run_all(
     device: str,
     start: Path | None,
 ) -> None:
-    """Draws the scenes and runs every stage, going on where it stopped."""
+    """Renders the scenes and runs every stage, resuming from checkpoints."""
     work.mkdir(parents=True, exist_ok=True)
     scenes(work, "train", count)
     if start and not (work / "vae.jsonl").exists():
@@ -373,7 +372,7 @@ def run_all(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--scenes", "count", default=40000, show_default=True)
 def run_export(work: Path, folder: Path, count: int) -> None:
-    """Writes the newest weights as a diffusers pipeline."""
+    """Writes the latest weights as a diffusers pipeline."""
     export(work, folder, count)
 
 

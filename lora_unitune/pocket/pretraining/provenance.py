@@ -1,4 +1,4 @@
-"""Writes PROVENANCE.md beside pocket's weights: how they came about, from the logs of their training."""
+"""Writes PROVENANCE.md beside pocket's weights: how they were trained, from the logs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 
 LOGS = ("vae.jsonl", "unet.jsonl")
 FINDINGS = "## Findings\n"
-LICENCES = """## Licences
+LICENSES = """## Licenses
 
 - The weights: Apache License 2.0, as the project.
 - The objects of the scenes: Noto Color Emoji, SIL Open Font License 1.1 (`sprites.LICENSE.txt`).
@@ -78,12 +78,12 @@ def plot_curves(folder: Path) -> None:
 
 
 def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
-    """Writes the file; what stands under "Findings" in an older one is kept.
+    """Writes the file; the section "Findings" of an existing one is kept.
 
     Args:
-        folder: of the weights, with the logs of their training.
-        scenes: how many were drawn for training.
-        made_at: the commit, read before the weights in the checkout changed.
+        folder: Folder of the weights, with the logs of their training.
+        scenes: Number of training scenes.
+        made_at: Commit of the export, read before the weights in the checkout changed.
     """
     file = folder / "PROVENANCE.md"
     plot_curves(folder)
@@ -94,7 +94,7 @@ def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
     lines = [
         "# Where these weights come from",
         "",
-        "Trained from nothing, by this project, on scenes it draws itself:",
+        "Trained from scratch, by this project, on scenes that it renders itself:",
         "",
         "    python -m lora_unitune.pocket.pretraining.pretrain all WORK",
         "    python -m lora_unitune.pocket.pretraining.pretrain export WORK lora_unitune/pocket/weights",
@@ -124,7 +124,7 @@ def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
         "",
         "![Training curves](training.png)",
         "",
-        LICENCES,
+        LICENSES,
         FINDINGS.rstrip("\n"),
     ]
     file.write_text("\n".join(lines) + "\n" + (findings or "\nNone yet.\n"))

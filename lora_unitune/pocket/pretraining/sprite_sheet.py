@@ -2,7 +2,7 @@
 
     python -m lora_unitune.pocket.pretraining.sprite_sheet NotoColorEmoji.ttf
 
-It replaces the sheet that ships with the package.
+It replaces the sheet that is bundled with the package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What pocket's training stages share: clock, log and checkpoints; and the average of the weights."""
+"""Shared by pocket's training stages: clock, log and checkpoints, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Stage:
             for name, thing in things.items():
                 thing.load_state_dict(state[name])
 
-    def go_on_counting(self) -> None:
-        """Counts on from the log's last row: weights learn on with a new optimizer and a new budget."""
+    def continue_counting(self) -> None:
+        """Continues the counts of the log's last row, for further training with a new optimizer and budget."""
         row = self._last_row()
         self.step, self.pictures = row["step"], row["pictures"]
         self._first, self._minutes_before = row["step"], row["minutes"]
@@ -56,7 +56,7 @@ class Stage:
         self._saved = time.monotonic()
 
     def tick(self, optimizers: list[torch.optim.Optimizer], batch: int) -> bool:
-        """Counts a step and sets its learning rate; False when the time is used up."""
+        """Counts a step and sets its learning rate; returns False when the time is used up."""
         now = time.monotonic()
         self.used, self._mark = self.used + now - self._mark, now
         if self.used >= self.budget:
@@ -81,7 +81,7 @@ class Stage:
 
 
 class Average:
-    """Exponential moving average of modules' weights, with a short memory at the start."""
+    """Exponential moving average of modules' weights, with a faster decay at the start."""
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.live, self.decay, self.steps = modules, decay, 0

@@ -2,7 +2,7 @@
 
     python -m lora_unitune.pocket.pretraining.train_examiner WORK_FOLDER --minutes 10
 
-A quarter of the scenes go through pocket's VAE first (a picture of pocket's can't be crisper); generated
+A quarter of the scenes go through pocket's VAE first (samples of pocket can't be sharper); generated
 pictures are never among them.
 """
 
@@ -33,42 +33,42 @@ RATE = 3e-3
 
 
 def labels(drawn: list[world.Scene]) -> tuple[Tensor, Tensor]:
-    """Number of each attribute's value, (n, 5) int64, and (x, size), (n, 2) float32."""
+    """Class index of each attribute, (n, 5) int64, and (x, size), (n, 2) float32."""
     columns = [[values.index(getattr(scene, field)) if field != "colour" or has_colour(scene) else IGNORED
                 for scene in drawn] for field, values in CHOICES.items()]  # fmt: skip
     return torch.tensor(columns).T, torch.tensor([[scene.x, scene.size] for scene in drawn])
 
 
-def _worn(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Blurs half of the batches, and adds a little noise and light, as a decoder might."""
+def _augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Augmentation: blurs half of the batches, and changes brightness and noise slightly, as a decoder might."""
     blur, light, noise = torch.rand(3, generator=generator).tolist()
     if blur < 0.5:
         small = F.interpolate(pictures, size=round(64 * (0.5 + blur)), mode="bilinear", antialias=True)
         pictures = F.interpolate(small, size=64, mode="bicubic")
     pictures = pictures * (0.9 + 0.2 * light)
-    worn: Tensor = pictures + 0.08 * noise * torch.randn(pictures.shape, generator=generator)
-    return worn
+    augmented: Tensor = pictures + 0.08 * noise * torch.randn(pictures.shape, generator=generator)
+    return augmented
 
 
 def score(network: Network, pictures: np.ndarray, drawn: list[world.Scene]) -> dict[str, float]:
-    """Share read right of each attribute, its expected calibration error, and mean errors of x and size."""
+    """Accuracy and expected calibration error of each attribute, and mean absolute errors of x and size."""
     reading, (numbers, places) = read(pictures, network), labels(drawn)
-    found: dict[str, float] = {}
-    for column, (field, chances) in enumerate(reading.probabilities.items()):
+    scores: dict[str, float] = {}
+    for column, (field, probabilities) in enumerate(reading.probabilities.items()):
         true = numbers[:, column].numpy()
-        chances, true = chances[true != IGNORED], true[true != IGNORED]
-        right, sure = chances.argmax(1) == true, chances.max(1)
+        probabilities, true = probabilities[true != IGNORED], true[true != IGNORED]
+        right, sure = probabilities.argmax(1) == true, probabilities.max(1)
         bins = np.minimum((sure * 10).astype(int), 9)
         gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean()
                 for b in np.unique(bins)]  # fmt: skip
-        found |= {field: float(right.mean()), f"{field}_calibration": float(sum(gaps))}
-    found["x_error"] = float(np.abs(reading.x - places[:, 0].numpy()).mean())
-    found["size_error"] = float(np.abs(reading.size - places[:, 1].numpy()).mean())
-    return {name: round(value, 4) for name, value in found.items()}
+        scores |= {field: float(right.mean()), f"{field}_calibration": float(sum(gaps))}
+    scores["x_error"] = float(np.abs(reading.x - places[:, 0].numpy()).mean())
+    scores["size_error"] = float(np.abs(reading.size - places[:, 1].numpy()).mean())
+    return {name: round(value, 4) for name, value in scores.items()}
 
 
 def _fit_temperatures(network: Network, pictures: np.ndarray, drawn: list[world.Scene]) -> None:
-    """One temperature for each attribute, by likelihood on scenes never trained on (arXiv 1706.04599)."""
+    """Fits one temperature for each attribute, by maximum likelihood on held-out scenes (arXiv 1706.04599)."""
     numbers, _ = labels(drawn)
     for column, logits in enumerate(run(network, pictures)[0]):
         losses = {t: F.cross_entropy(logits / t, numbers[:, column], ignore_index=IGNORED).item()
@@ -99,7 +99,7 @@ def train(work: Path, count: int, minutes: float, batch: int = 64) -> Network:
             used, step = (time.monotonic() - started) / (60.0 * minutes), step + 1
             shown = [through_vae[i] if i < len(through_vae) else pictures[i] for i in chosen.tolist()]
             true = to_pixels(np.stack(shown), "cpu").to(memory_format=torch.channels_last)
-            logits, place = network(_worn(true, generator))
+            logits, place = network(_augmented(true, generator))
             losses = [F.cross_entropy(a, b, ignore_index=IGNORED, reduction="sum") / batch
                       for a, b in zip(logits, numbers[chosen].T, strict=True)]  # fmt: skip
             loss = torch.stack(losses).sum() + F.smooth_l1_loss(16.0 * place, 16.0 * places[chosen], beta=0.3)
@@ -130,9 +130,9 @@ def main(work: Path, count: int, minutes: float) -> None:
                for name, tensor in network.state_dict().items()}, FILE)  # fmt: skip
     drawn = [world.draw_scene(seed, "held-out") for seed in range(HELD_OUT)]
     rendered = renders(drawn)
-    found = {"held_out": score(load(), rendered, drawn)}
-    found["after_vae"] = score(load(), round_trip(_vae(), rendered, "cpu"), drawn)
-    click.echo(json.dumps(found, indent=1))
+    summary = {"held_out": score(load(), rendered, drawn)}
+    summary["after_vae"] = score(load(), round_trip(_vae(), rendered, "cpu"), drawn)
+    click.echo(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The pocket world: scenes, their pictures and captions, and the true result of every edit.
+"""The pocket world: synthetic scenes, their images and captions, and the ground truth of every edit.
 
 A scene is one object in one place, at a time of day, in a look; everything else about it (position, size,
-facing, background details) is in the scene too, so the same scene with one thing changed can be drawn.
+facing, background details) is in the scene too, so that the same scene can be rendered with one attribute changed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from PIL import Image
 from .drawing import HORIZONS, LOOKS, PLACES, SUNS, backdrop, stand
 from .sprites import COLOURED, COLOURS, OBJECTS, sprite
 
-SIDE = 64  # pixels of a picture
+SIDE = 64  # pixels of an image
 TIMES = ("day", "sunset", "night")
 SIZES = (26 / 64, 34 / 64, 42 / 64)  # small, middling, big
 CENTRES = (5 / 16, 8 / 16, 11 / 16)
-"""Few, and whole latents of four pixels apart, so that a latent covers the same part of an object in every
-scene: a small model learns such objects crisply, and endless shifts of them only as blots."""
+"""Few, and whole latents (four pixels) apart, so that a latent covers the same part of an object in every scene:
+a small model learns such objects sharply, but arbitrary shifts only as blurs."""
 COMPANIONS = ("balloon", "mushroom", "tulip", "duck", "apple", "cactus")
 LOOK_WEIGHTS = {"plain": 0.58, "sketch": 0.14, "pixel": 0.14, "sepia": 0.14}
 
@@ -68,16 +68,16 @@ class Scene:
     """Everything that decides a picture of the pocket world.
 
     Attributes:
-        object: one of `OBJECTS`.
-        place: one of `PLACES`.
-        time: one of `TIMES`.
-        look: one of `LOOKS`.
-        colour: one of `COLOURS` for an object of `COLOURED`, else "".
-        x: centre of the object, fraction of the width; drawn from `CENTRES`.
-        size: longer side of the object, fraction of the width; drawn from `SIZES`.
-        mirrored: whether the object faces right; at a side it is drawn facing the middle.
-        companion: a small second object on the other side, one of `COMPANIONS`, or "".
-        seed: background details.
+        object: One of `OBJECTS`.
+        place: One of `PLACES`.
+        time: One of `TIMES`.
+        look: One of `LOOKS`.
+        colour: One of `COLOURS` for an object of `COLOURED`, else "".
+        x: Centre of the object, fraction of the width; drawn from `CENTRES`.
+        size: Longer side of the object, fraction of the width; drawn from `SIZES`.
+        mirrored: Whether the object faces right; at a side it is drawn facing the middle.
+        companion: A small second object on the other side, one of `COMPANIONS`, or "".
+        seed: Seed of the background details.
     """
 
     object: str
@@ -127,12 +127,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """The true result of an edit.
+    """The ground truth of an edit.
 
     Attributes:
-        scene: the changed scene.
-        prompt: the edit as a person would type it.
-        mask: (64, 64) bool, the pixels that truly differ.
+        scene: The changed scene.
+        prompt: The edit as a user would type it.
+        mask: Pixels that differ, (64, 64) bool.
     """
 
     scene: Scene
@@ -156,11 +156,11 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def draw_scene(seed: int, split: str = "train") -> Scene:
-    """Draws a scene at random.
+    """Draws a random scene.
 
     Args:
-        seed: the same seed and split give the same scene.
-        split: "train"; "held-out" (seen pairs, scenes never trained on); or "unseen" (pairs never drawn).
+        seed: Seed; the same seed and split give the same scene.
+        split: "train"; "held-out" (scenes never trained on, of seen pairs); or "unseen" (pairs that never occur).
     """
     rng = random.Random(f"{split} {seed}")
     while True:
@@ -185,7 +185,7 @@ def draw_scene(seed: int, split: str = "train") -> Scene:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws a scene, RGB, `SIDE` × `SIDE` pixels: at twice the size, then made smaller by the look."""
+    """Renders a scene, RGB, `SIDE` × `SIDE` pixels: at twice the size, then downsampled by the look."""
     side, rng = SIDE * 2, random.Random(scene.seed)
     image = backdrop(side, scene.place, scene.time, rng)
     ground = (54 if scene.scale == "small" else 58) / 64  # what is further off stands higher
@@ -202,7 +202,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def sun(scene: Scene) -> int:
-    """Returns which of `SUNS` the sun or the moon of a scene stands at: what `render` draws second."""
+    """Returns the index in `SUNS` of a scene's sun or moon: the second random draw of `render`."""
     rng = random.Random(scene.seed)
     rng.choice(HORIZONS)
     return SUNS.index(rng.choice(SUNS))
@@ -261,7 +261,7 @@ def change_scene(scene: Scene, change: Change) -> Scene:
 
 
 def counterfactual(scene: Scene, change: Change) -> Counterfactual:
-    """The scene after an edit, the prompt that asks for it, and the pixels that truly differ."""
+    """The scene after an edit, the prompt that asks for it, and the pixels that differ."""
     changed = change_scene(scene, change)
     before, after = (np.asarray(render(s), dtype=np.int16) for s in (scene, changed))
     return Counterfactual(changed, _edit_prompt(changed, change), (np.abs(before - after) > 6).any(-1))
@@ -290,5 +290,5 @@ def words() -> list[str]:
     flat = [p for p in phrases if isinstance(p, str)] + [
         w for p in phrases if isinstance(p, tuple) for w in p
     ]
-    found = {w for phrase in [*flat, *COLOURS, "a", "an", "and", "the", "scene"] for w in phrase.split()}
-    return sorted(found)
+    vocabulary = {w for phrase in [*flat, *COLOURS, "a", "an", "and", "the", "scene"] for w in phrase.split()}
+    return sorted(vocabulary)

@@ -27,7 +27,7 @@ OBJECT_LIGHT: dict[str, tuple[float, float, float]] = {
     "night": (0.62, 0.68, 0.88),
 }
 SUNS = (3 / 16, 8 / 16, 13 / 16)
-"""Where the sun or the moon stands. As objects do, backgrounds vary in few ways, a latent or more apart."""
+"""Positions of the sun or the moon. Like objects, backgrounds vary in few ways, a latent or more apart."""
 HORIZONS = (8 / 16, 9 / 16)
 PHASES = (0.0, 1.57, 3.14, 4.71)  # of rolling lines
 PAPER = np.array([250.0, 248.0, 242.0])
@@ -170,7 +170,7 @@ def backdrop(side: int, place: str, time: str, rng: random.Random) -> Image.Imag
 
 
 def stand(image: Image.Image, sprite: Image.Image, time: str, x: float, bottom: float, size: float) -> None:
-    """Puts a sprite into the picture; x (centre), bottom and size (longer side) are fractions of the side."""
+    """Pastes a sprite into the image; x (centre), bottom and size (longer side) are fractions of the side."""
     side = image.width
     scale = size * side / max(sprite.size)
     shape = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))

@@ -1,4 +1,4 @@
-"""The examiner: a small classifier that reads a scene's attributes off its picture."""
+"""The examiner: a small classifier of a scene's attributes from its image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTHS = [len(values) for values in CHOICES.values()]
 
 
 def has_colour(scene: Scene) -> bool:
-    """Whether the picture shows the object's colour: pencil sketches and sepia photos don't."""
+    """Whether the image shows the object's colour: pencil sketches and sepia photos don't."""
     return bool(scene.colour) and scene.look in ("plain", "pixel")
 
 
@@ -44,7 +44,7 @@ def _block(channels: int) -> nn.Sequential:
 
 
 class Network(nn.Module):
-    """A residual network of 0.8 million parameters for 64 × 64 pictures."""
+    """A residual network of 0.8 million parameters for 64 × 64 images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,12 +70,12 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Reading:
-    """What the examiner reads off pictures.
+    """The examiner's predictions for some images.
 
     Attributes:
-        probabilities: of each attribute's values, by attribute, (n, choices) float32, in `CHOICES`' order.
-        x: centres of the objects, fractions of the width, (n,).
-        size: longer sides of the objects, fractions of the width, (n,).
+        probabilities: Class probabilities by attribute, (n, choices) float32, in the order of `CHOICES`.
+        x: Centres of the objects, fractions of the width, (n,).
+        size: Longer sides of the objects, fractions of the width, (n,).
     """
 
     probabilities: dict[str, np.ndarray]
@@ -83,13 +83,13 @@ class Reading:
     size: np.ndarray
 
     def likeliest(self, attribute: str) -> list[str]:
-        """The likeliest value for each picture."""
+        """The most likely value for each image."""
         return [CHOICES[attribute][i] for i in self.probabilities[attribute].argmax(1)]
 
 
 @cache
 def load() -> Network:
-    """The examiner that ships with the package."""
+    """The examiner that is bundled with the package."""
     network = Network()
     network.eval()
     network.requires_grad_(False)
@@ -99,21 +99,21 @@ def load() -> Network:
 
 @torch.no_grad()
 def run(network: Network, pictures: np.ndarray) -> tuple[list[Tensor], Tensor]:
-    """What the network says of many pictures, (n, 64, 64, 3) uint8, a few at a time: see its `forward`."""
+    """Runs the network on images (n, 64, 64, 3) uint8, in batches; returns logits and places as `forward` does."""
     batches = [network(to_pixels(pictures[s : s + 128], "cpu")) for s in range(0, len(pictures), 128)]
     logits, places = zip(*batches, strict=True)
     return [torch.cat(part) for part in zip(*logits, strict=True)], torch.cat(places)
 
 
 def read(pictures: np.ndarray, network: Network | None = None) -> Reading:
-    """Reads pictures.
+    """Classifies images.
 
     Args:
-        pictures: (n, 64, 64, 3) uint8.
-        network: another examiner than the one that ships with the package.
+        pictures: Images (n, 64, 64, 3) uint8.
+        network: The examiner; None takes the bundled one.
 
     Raises:
-        ValueError: the pictures have another shape.
+        ValueError: The images have another shape.
     """
     if pictures.ndim != 4 or pictures.shape[1:] != (64, 64, 3):
         raise ValueError(f"pictures have the shape {pictures.shape}; the examiner reads (n, 64, 64, 3)")

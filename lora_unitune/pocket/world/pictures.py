@@ -1,4 +1,4 @@
-"""Pictures of the pocket world as arrays and tensors."""
+"""Images of the pocket world as arrays and tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import Scene, render
 
 
 def renders(drawn: list[Scene]) -> np.ndarray:
-    """Pictures of scenes, (n, 64, 64, 3) uint8."""
+    """Renders scenes, (n, 64, 64, 3) uint8."""
     return np.stack([np.asarray(render(scene)) for scene in drawn])
 
 

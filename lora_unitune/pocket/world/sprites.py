@@ -1,4 +1,4 @@
-"""The objects of the pocket world, from a sprite sheet that ships with the package.
+"""The objects of the pocket world, from a sprite sheet that is bundled with the package.
 
 The pictures come from Noto Color Emoji (SIL Open Font License 1.1, Debian package `fonts-noto-color-emoji`).
 They were rendered once, by `pocket/pretraining/sprite_sheet.py`, so that nobody needs the font.
@@ -45,7 +45,7 @@ EMOJI = {
 }
 OBJECTS = tuple(EMOJI)
 
-# Own colour of the objects that come in several, as (hue in degrees, half width of the hues that change).
+# Original hue of the recolourable objects: (hue in degrees, half width of the range of hues to change).
 OWN_HUE = {"car": (0, 25), "balloon": (0, 25), "mushroom": (10, 22), "tulip": (335, 35), "tent": (25, 22)}
 COLOURS = {"red": 0.0, "blue": 215.0, "green": 125.0, "yellow": 50.0}
 COLOURED = tuple(OWN_HUE)
@@ -83,14 +83,14 @@ def _sheet() -> np.ndarray:
 
 @cache
 def sprite(name: str, colour: str = "") -> Image.Image:
-    """One object, cropped to what is drawn of it.
+    """One object, cropped to its visible pixels.
 
     Args:
-        name: one of `OBJECTS`.
-        colour: one of `COLOURS` for an object of `COLOURED`, or "" for its own colours.
+        name: One of `OBJECTS`.
+        colour: One of `COLOURS` for an object of `COLOURED`, or "" for its own colours.
 
     Returns:
-        An RGBA picture, at most `CELL` pixels on its longer side.
+        An RGBA image, at most `CELL` pixels on its longer side.
     """
     row, column = divmod(OBJECTS.index(name), COLUMNS)
     cell = _sheet()[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
