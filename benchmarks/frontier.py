@@ -4,7 +4,7 @@
 
 Photos of the counterfactual benchmark's tuning list are fitted with the default recipe and changes of it; each
 is edited at several adapter scales, of which the best counts, so that a short fit isn't judged at a scale tuned
-for a long one. Writes a plot beside the JSON, and resumes interrupted runs.
+for a long one. Writes a plot next to the JSON, and resumes interrupted runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes PROVENANCE.md beside pocket's weights: how they were trained, from the logs."""
+"""Writes PROVENANCE.md next to pocket's weights: how they were trained, from the logs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _stage_lines(folder: Path, name: str) -> list[str]:
 
 
 def plot_curves(folder: Path) -> None:
-    """Draws `training.png` beside the logs: loss, errors and the examiner's shares against pictures seen."""
+    """Draws `training.png` next to the logs: loss, errors and the accuracy by the examiner against images seen."""
     import matplotlib
 
     matplotlib.use("Agg")
