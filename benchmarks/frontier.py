@@ -32,12 +32,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "120 steps": ("fit.steps=120",),
     "60 steps": ("fit.steps=60",),
     "30 steps": ("fit.steps=30",),
-    "60 steps, rate 3e-2": ("fit.steps=60", "fit.unet_learning_rate=3e-2"),
+    "60 steps, rate 3e-2": ("fit.steps=60", "lora.unet.learning_rate=3e-2"),
     "60 steps, batch 8": ("fit.steps=60", "fit.batch_size=8"),
-    "rank 1": ("lora.unet_rank=1", "lora.unet_alpha=1"),
-    "rank 8": ("lora.unet_rank=8", "lora.unet_alpha=8"),
-    "no convolutions": ("lora.unet_targets=to_q,to_k,to_v,to_out.0,ff.net.2",),
-    "no text encoder": ("lora.text_encoder_rank=0",),
+    "rank 1": ("lora.unet.rank=1",),
+    "rank 8": ("lora.unet.rank=8",),
+    "no convolutions": ("lora.unet.targets=to_q,to_k,to_v,to_out.0,ff.net.2",),
+    "no text encoder": ("lora.text_encoder.rank=0",),
     "full, 120 steps": FULL,
     "full, 60 steps": (*FULL, "fit.steps=60"),
 }
@@ -101,7 +101,7 @@ def plot(summary: dict[str, Any], file: Path) -> None:
 
 @click.command(help=__doc__)
 @click.option("--photos", "count", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--only", default=",".join(SETTINGS), metavar="NAME;NAME", help="Some of the settings.")
+@click.option("--only", default=";".join(SETTINGS), metavar="NAME;NAME", help="Some of the settings.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False))
 def main(count: int, only: str, output: Path) -> None:
     editor = Editor("pocket", "cpu")
@@ -109,7 +109,7 @@ def main(count: int, only: str, output: Path) -> None:
     kept = json.loads(output.read_text()) if output.exists() else {"rows": {}}
     if kept.get("base", made["base"]) != made["base"]:
         raise click.UsageError(f"{output} was made on other weights; give another file")
-    names = list(SETTINGS) if only == ",".join(SETTINGS) else only.split(";")
+    names = only.split(";")
     for number, group in photos(draw_pairs("tuning", EDITS_OF_PHOTO * count)):
         for name in names:
             rows = kept["rows"].setdefault(name, [])

@@ -1,7 +1,7 @@
 """Latency of hot-swapping an adapter, here and in plain diffusers, in one run.
 
     python -m benchmarks.swap --base pocket -o benchmarks/results/swap-pocket.json
-    python -m benchmarks.swap --base sd15 --swaps 20 -o benchmarks/results/swap-sd15.json
+    python -m benchmarks.swap --base sd15 --swaps 20
 
 Adapters are random; both sides read them from files in the page cache. "here" swaps to an adapter in memory,
 "here_with_file" reads its file too, as `load_lora_weights` does.

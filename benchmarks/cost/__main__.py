@@ -1,14 +1,16 @@
 """Cost of a fit and an edit on one machine, in one run.
 
-    python -m benchmarks.cost steps --base pocket -o benchmarks/results/cost-pocket.json
+    python -m benchmarks.cost steps --base pocket -o benchmarks/results/cost/steps-pocket.json
     python -m benchmarks.cost steps --base sd15 --size 256x256 --steps 3 --batch 1
-    python -m benchmarks.cost reach -o benchmarks/results/reach-pocket.json
-    python -m benchmarks.cost first-picture
-    python -m benchmarks.cost growth
+    python -m benchmarks.cost reach
+    python -m benchmarks.cost first-picture -o benchmarks/results/cost/first-picture.json
+    python -m benchmarks.cost commands --other TREE -o benchmarks/results/cost/commands.json
+    python -m benchmarks.cost growth -o benchmarks/results/cost/growth.json
 
 `steps` compares this project's LoRA, full fine-tuning, and the training loops of diffusers' DreamBooth examples
 ("rival"). `reach` trains the rival until it has the same reconstruction. `first-picture` splits the time from
-the start of a process to its first edit. `growth` varies size, batch, rank and number of samples.
+the start of a process to its first edit. `commands` times cold commands of this source tree and of another
+alternately. `growth` varies size, batch, rank and number of samples.
 """
 
 from __future__ import annotations
