@@ -58,6 +58,7 @@ class UniTune:
 
     def fit(self, editor: Editor, photo: Any, seed: int, dials: Dials) -> Any:
         settings = [f"{name}={value}" for name, value in dials.items() if "." in name]
+        settings.append("photo.size={}x{}".format(*editor.base.size))  # as for all other methods
         recipe = default_recipe(editor.base.name, editor.base.family).override([*self.overrides, *settings])
         editor.release()
         return fit(photo, base=editor.base, recipe=recipe, seed=seed)
