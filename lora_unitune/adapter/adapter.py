@@ -295,6 +295,22 @@ def check_fits(adapter: Adapter, base: Base) -> None:
         )
 
 
+def checked_photo(adapter: Adapter, base: Base) -> Tensor:
+    """Returns the photo's x0 of an adapter, (1, c, h, w) float32 on the base's device.
+
+    Raises:
+        AdapterFileError: It isn't there, or its shape doesn't match the adapter's size.
+    """
+    latents = adapter.photo_latents
+    shape = (1, *base.sample_shape(adapter.size if all(adapter.size) else base.size))
+    if latents is None or tuple(latents.shape) != shape:
+        actual = None if latents is None else tuple(latents.shape)
+        raise AdapterFileError(
+            f"the photo's latents in the adapter have shape {actual} instead of {shape}; fit it again"
+        )
+    return latents.to(base.device, torch.float32)
+
+
 def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns the entries of ModelSpec 1.0.1; `tensors` are those stored in the file."""
     _, kind = adapter._known_base or ("", adapter.base)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.adapter import Adapter, checked_photo
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.int8 import pack, unpack
 from lora_unitune.adapter.layers import slots
@@ -180,15 +180,18 @@ def _effects(base: Base, adapter: Adapter, layers: list[Layer]) -> list[Tensor]:
     noised, timesteps, prompt = _probes(base, adapter)
     generator, mount = torch.Generator().manual_seed(1), Mount(base)
     effects = [torch.zeros(len(layer.values), dtype=torch.float64) for layer in layers]
-    mount.use(adapter, 1.0)
-    weights = slots(base)
-    downs = [weights[f"{layer.part}.{layer.module}.lora_A.weight"] for layer in layers]
     try:
+        mount.use(adapter, 1.0)
+        weights = slots(base)
+        used = [(effect, layer) for effect, layer in zip(effects, layers, strict=True) if len(effect)]
+        downs = [weights[f"{layer.part}.{layer.module}.lora_A.weight"] for _, layer in used]
         for sample, timestep in zip(noised.split(1), timesteps.split(1), strict=True):
+            if not downs:  # every layer's change is zero
+                break
             prediction = base.predict(sample, timestep, base.condition(prompt))
             signs = torch.randint(0, 2, prediction.shape, generator=generator).to(prediction) * 2 - 1
             slopes = torch.autograd.grad((prediction * signs).sum(), downs, allow_unused=True)
-            for effect, down, slope in zip(effects, downs, slopes, strict=True):
+            for (effect, _), down, slope in zip(used, downs, slopes, strict=True):
                 if slope is not None:
                     gate = (down.detach() * slope).flatten(1).sum(1).double().cpu()
                     effect += gate[: len(effect)].square()
@@ -203,7 +206,8 @@ def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, str]:
     schedule = base.schedule(size)
     index = torch.arange(_PROBES) * (len(schedule) // _PROBES) + len(schedule) // (2 * _PROBES)
     shape = (_PROBES, *base.sample_shape(size))
-    clean = torch.zeros(shape) if adapter.photo_latents is None else adapter.photo_latents.expand(shape)
+    photo = None if adapter.photo_latents is None else checked_photo(adapter, base)
+    clean = torch.zeros(shape) if photo is None else photo.cpu().expand(shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return schedule.add_noise(clean, noise, index), schedule.timesteps[index], adapter.rare_tokens
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lora_unitune import __version__
 from lora_unitune.adapter import layers
-from lora_unitune.adapter.adapter import Adapter, check_fits
+from lora_unitune.adapter.adapter import Adapter, check_fits, checked_photo
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.editing.record import Edit
 from lora_unitune.editing.sampling import sample_edit
-from lora_unitune.errors import AdapterFileError, DeviceError, PromptError, RecipeError, SettingError
+from lora_unitune.errors import DeviceError, PromptError, RecipeError, SettingError
 from lora_unitune.families import Base, Condition, joined, load_base
 from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
@@ -213,7 +213,7 @@ class Editor:
         check_fits(adapter, self.base)
         if adapter.photo_latents is None:
             raise SettingError("the adapter doesn't hold its photo; fit it again with embed_photo=True")
-        return _to_image(self.base.decode(self._checked_latents(adapter))[0])
+        return _to_image(self.base.decode(checked_photo(adapter, self.base))[0])
 
     def release(self) -> None:
         """Restores the base as it was before the first edit, bit for bit."""
@@ -359,21 +359,11 @@ class Editor:
                 f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
                 "pass photo=PATH, or strength=1"
             )
-        return self._checked_latents(adapter), "adapter", size
+        return checked_photo(adapter, self.base), "adapter", size
 
     def _size(self, adapter: Adapter | None) -> tuple[int, int]:
         """Returns the image size of an adapter, the base's own if the adapter doesn't store it."""
         return adapter.size if adapter and all(adapter.size) else self.base.size
-
-    def _checked_latents(self, adapter: Adapter) -> Tensor:
-        """Returns the photo's x0 from an adapter, on the base's device."""
-        shape = (1, *self.base.sample_shape(self._size(adapter)))
-        if adapter.photo_latents is None or tuple(adapter.photo_latents.shape) != shape:
-            actual = None if adapter.photo_latents is None else tuple(adapter.photo_latents.shape)
-            raise AdapterFileError(
-                f"the photo's latents in the adapter have shape {actual} instead of {shape}; fit it again"
-            )
-        return adapter.photo_latents.to(self.base.device, torch.float32)
 
     def _cut_note(self, name: str, text: str) -> list[str]:
         _, cut = self.base.tokenize(text)

@@ -158,3 +158,25 @@ def test_compress_on_the_command_line(adapter_file: Path, tmp_path: Path) -> Non
     assert summary["kept"] == pytest.approx(1) and summary["bytes"] < 0.8 * adapter_file.stat().st_size
     wrong = ("compress", small, "--keep", "1.9", "-o", tmp_path / "x")
     assert "0<x<=1" in refused(*wrong, folder=tmp_path, code=2)
+
+
+@pytest.mark.parametrize("name", ["base15", "basexl"])
+def test_layers_that_learned_nothing_are_left_out(request: pytest.FixtureRequest, name: str) -> None:
+    """In Stable Diffusion XL the last layer of each text encoder has no effect, so its B stays zero."""
+    base: Base = request.getfixturevalue(name)
+    adapter = make_adapter(base)
+    idle = sorted(key for key in adapter.tensors if key.endswith(".lora_B.weight"))[::3]
+    zeros = {key: torch.zeros_like(adapter.tensors[key]) for key in idle}
+    adapter = replace(adapter, tensors={**adapter.tensors, **zeros})
+    small = compress(adapter, keep=1.0, base=base).adapter
+    assert not small.tensors.keys() & set(idle)
+    assert effect_lost(base, adapter, small) < 1e-2
+    nothing = {key: torch.zeros_like(tensor) for key, tensor in adapter.tensors.items()}
+    with pytest.raises(SettingError, match="would leave no rank"):
+        compress(replace(adapter, tensors=nothing), keep=0.9, base=base)
+
+
+def test_a_photo_of_another_size_is_refused(base15: Base) -> None:
+    adapter = replace(make_adapter(base15), photo_latents=torch.ones(1, 4, 3, 3))
+    with pytest.raises(AdapterFileError, match="latents in the adapter have shape"):
+        compress(adapter, keep=0.9, base=base15)
