@@ -34,7 +34,7 @@ def noise_photo() -> Image.Image:
 def recipe_for(base: Base, overrides: list[str]) -> Recipe:
     """Pocket's recipe; for random bases the defaults of all settings, without gradient checkpointing."""
     recipe = Recipe.load("pocket/default") if base.name == "pocket" else Recipe()
-    return base.family.complete(base.family.complete(recipe).override(overrides))
+    return base.family.complete(recipe, overrides)
 
 
 def measure(base_name: str, method: str, size: str, steps: int, batch: int, device: str) -> dict[str, Any]:

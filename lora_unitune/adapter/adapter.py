@@ -198,6 +198,10 @@ class Adapter:
         """Title shown in lists of models."""
         return f"{self.rare_tokens}: one photo, on {self.base}".removeprefix(": ")
 
+    def size_on(self, base: Base) -> Size:
+        """Returns its images' (width, height) in pixels on a base; the base's own if it doesn't say."""
+        return self.size if all(self.size) else base.size
+
     def scale_of(self, part: str) -> float:
         """Returns alpha / rank, what the product of a layer's two matrices is multiplied by."""
         settings = self.recipe.lora.get(part)
@@ -302,7 +306,7 @@ def checked_photo(adapter: Adapter, base: Base) -> Tensor:
         AdapterFileError: It isn't there, or its shape doesn't match the adapter's size.
     """
     latents = adapter.photo_latents
-    shape = (1, *base.sample_shape(adapter.size if all(adapter.size) else base.size))
+    shape = (1, *base.sample_shape(adapter.size_on(base)))
     if latents is None or tuple(latents.shape) != shape:
         actual = None if latents is None else tuple(latents.shape)
         raise AdapterFileError(

@@ -202,7 +202,7 @@ def _effects(base: Base, adapter: Adapter, layers: list[Layer]) -> list[Tensor]:
 
 def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, str]:
     """Returns the photo (zeros, if the file doesn't hold it), noised to ten levels, their timesteps, and a prompt."""
-    size = adapter.size if all(adapter.size) else base.size
+    size = adapter.size_on(base)
     schedule = base.schedule(size)
     index = torch.arange(_PROBES) * (len(schedule) // _PROBES) + len(schedule) // (2 * _PROBES)
     shape = (_PROBES, *base.sample_shape(size))

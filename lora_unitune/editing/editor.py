@@ -346,7 +346,7 @@ class Editor:
             return None, None, size
         if photo is not None:
             read = load_photo(photo)
-            if adapter is not None and adapter.photo_digest not in ("", read.digest):
+            if adapter and adapter.photo_digest and adapter.photo_digest != read.digest:
                 notes.append("the photo: it isn't the one that the adapter was fitted on, pixel for pixel")
             if adapter is None or not all(adapter.size):
                 size = choose_size(read.image.size, PhotoSettings(), self.base.size, self.base.size_step)
@@ -363,7 +363,7 @@ class Editor:
 
     def _size(self, adapter: Adapter | None) -> tuple[int, int]:
         """Returns the image size of an adapter, the base's own if the adapter doesn't store it."""
-        return adapter.size if adapter and all(adapter.size) else self.base.size
+        return adapter.size_on(self.base) if adapter else self.base.size
 
     def _cut_note(self, name: str, text: str) -> list[str]:
         _, cut = self.base.tokenize(text)

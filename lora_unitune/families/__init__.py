@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -60,12 +60,18 @@ class Family:
     names: LayerNames = field(default_factory=LayerNames)
     signs: tuple[str, ...] = ()
 
-    def complete(self, recipe: Recipe) -> Recipe:
+    def complete(self, recipe: Recipe, overrides: Sequence[str] = ()) -> Recipe:
         """Returns a recipe with settings for every part, missing ones filled with the family's defaults.
+
+        Args:
+            recipe: The recipe to complete.
+            overrides: Single settings, as for `Recipe.override`; they may change any part.
 
         Raises:
             RecipeError: The recipe has settings for a part that bases of this family don't have.
         """
+        if overrides:
+            recipe = self.complete(recipe).override(overrides)
         for part in recipe.lora:
             if part not in self.parts:
                 raise RecipeError(

@@ -169,7 +169,7 @@ def _settings(recipe: Recipe | str | None, base: str | Base, overrides: Sequence
         recipe = Recipe.load(recipe)
     elif recipe is None:
         recipe = default_recipe(name, family)
-    recipe = family.complete(family.complete(recipe).override(list(overrides)))
+    recipe = family.complete(recipe, overrides)
     lora = {part: replace(each, alpha=each.scale * each.rank) for part, each in recipe.lora.items()}
     return replace(recipe, lora=lora)
 

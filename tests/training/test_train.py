@@ -30,7 +30,7 @@ def trained(
     base: Base, prepared: Prepared, overrides: Sequence[str], on_note: OnNote | None = None
 ) -> dict[str, torch.Tensor]:
     """Trains as `fit` does, and returns the tensors before they are rounded to float16."""
-    recipe = base.family.complete(base.family.complete(Recipe()).override(list(overrides)))
+    recipe = base.family.complete(Recipe(), overrides)
     with _trainable(base, recipe, seeded()):
         train(prepared, base, recipe, seeded(1), on_note=on_note)
         return _full_tensors(base) if recipe.fit.method == "full" else layers.collect(base)
@@ -44,7 +44,7 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 
 def untrained(base: Base, overrides: Sequence[str]) -> dict[str, torch.Tensor]:
     """Returns the tensors that `trained` starts from."""
-    recipe = base.family.complete(base.family.complete(Recipe()).override(list(overrides)))
+    recipe = base.family.complete(Recipe(), overrides)
     with _trainable(base, recipe, seeded()):
         return _full_tensors(base) if recipe.fit.method == "full" else layers.collect(base)
 
