@@ -27,6 +27,7 @@ from diffusers import (
 )
 from PIL import Image
 from random_adapters import make_adapter
+from safetensors import safe_open
 from tiny_flow import save_flow
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -227,22 +228,10 @@ def shared_baseflow(tiny_flow: Path) -> Base:
     return load_base(str(tiny_flow), device="cpu")
 
 
-@pytest.fixture
-def baseflow(shared_baseflow: Base) -> Iterator[Base]:
-    """The flow transformer; the test fails when it changes the base's weights."""
-    yield from _lend(shared_baseflow)
-
-
 @pytest.fixture(scope="session")
 def shared_basexl(tiny_sdxl: Path) -> Base:
     """The SDXL layout, loaded once; use `basexl`, which checks that a test leaves it unchanged."""
     return load_base(str(tiny_sdxl), device="cpu")
-
-
-@pytest.fixture
-def basexl(shared_basexl: Base) -> Iterator[Base]:
-    """The SDXL layout on the CPU; the test fails when it changes the base's weights."""
-    yield from _lend(shared_basexl)
 
 
 @pytest.fixture(scope="session")
@@ -287,28 +276,27 @@ def _lend(base: Base) -> Iterator[Base]:
     assert not changed, f"the test changed the base: {changed[:3]}"
 
 
-@pytest.fixture
-def base15(shared_base15: Base) -> Iterator[Base]:
-    """The SD 1.5 layout on the CPU; the test fails when it changes the base's weights."""
-    yield from _lend(shared_base15)
+def _lent(shared: str) -> Any:
+    """Makes a fixture of a base that is loaded once; a test that uses it fails if it changes the base's weights."""
+
+    @pytest.fixture
+    def lend(request: pytest.FixtureRequest) -> Iterator[Base]:
+        yield from _lend(request.getfixturevalue(shared))
+
+    return lend
 
 
-@pytest.fixture
-def base21(shared_base21: Base) -> Iterator[Base]:
-    """The SD 2.1 layout on the CPU; the test fails when it changes the base's weights."""
-    yield from _lend(shared_base21)
+baseflow = _lent("shared_baseflow")
+basexl = _lent("shared_basexl")
+base15 = _lent("shared_base15")
+base21 = _lent("shared_base21")
+basepocket = _lent("shared_basepocket")
 
 
 @pytest.fixture(scope="session")
 def shared_basepocket() -> Base:
     """Pocket, loaded once; use `basepocket`, which checks that a test leaves it unchanged."""
     return load_base("pocket", device="cpu")
-
-
-@pytest.fixture
-def basepocket(shared_basepocket: Base) -> Iterator[Base]:
-    """Pocket on the CPU; the test fails when it changes the base's weights."""
-    yield from _lend(shared_basepocket)
 
 
 @pytest.fixture(scope="session")
@@ -329,6 +317,26 @@ def at(photo: Image.Image, width: int, height: int = 0) -> Photo:
 def adapter(base15: Base) -> Adapter:
     """A random adapter for the SD 1.5 layout."""
     return make_adapter(base15)
+
+
+@pytest.fixture
+def saved(adapter: Adapter, tmp_path: Path) -> Path:
+    """The file of that adapter."""
+    path = tmp_path / "photo.safetensors"
+    adapter.save(path)
+    return path
+
+
+def saved_and_loaded(adapter: Adapter, path: Path) -> Adapter:
+    """Returns the adapter that a saved file holds."""
+    adapter.save(path)
+    return Adapter.load(path)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Returns the header's own entries of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 @pytest.fixture

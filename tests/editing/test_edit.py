@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import has_adapters, unchanged, weights_of
+from conftest import has_adapters, saved_and_loaded, unchanged, weights_of
 from diffusers import (
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
 )
 from PIL import Image
 from random_adapters import EDIT, LORA, changed, make_adapter, make_full_adapter
@@ -25,120 +21,12 @@ from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.editing.editor import Editor
 from lora_unitune.errors import AdapterFileError, SettingError
-from lora_unitune.families import Base, load_base
+from lora_unitune.families import Base
 from lora_unitune.settings import LoraSettings
 
 
 def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
     return np.asarray(image).astype(np.int16)
-
-
-# Agreement with plain diffusers
-
-
-def plain_pipeline(kind: Any, base: Base, folder: Path, file: Path) -> Any:
-    pipeline = kind.from_pretrained(folder, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = base.make_scheduler()
-    pipeline.load_lora_weights(file)
-    return pipeline
-
-
-def saved_and_loaded(adapter: Adapter, path: Path) -> Adapter:
-    adapter.save(path)
-    return Adapter.load(path)
-
-
-@pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
-@pytest.mark.parametrize(
-    ("negative_prompt", "size"), [("", (32, 32)), ("a red car", (32, 32)), ("", (48, 32))]
-)
-def test_a_plain_pipeline_gives_the_same_image(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    layout: str,
-    negative_prompt: str,
-    size: tuple[int, int],
-) -> None:
-    base, folder = request.getfixturevalue(f"base{layout[2:]}"), request.getfixturevalue(f"tiny_{layout}")
-    path = tmp_path / "photo.safetensors"
-    adapter = saved_and_loaded(make_adapter(base, size=size), path)
-    settings = replace(EDIT, strength=1.0, guidance=5.0, guidance_rescale=0.7)
-    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], negative_prompt, None, [3], settings)
-    capfd.readouterr()
-    kind = StableDiffusionXLPipeline if layout == "sdxl" else StableDiffusionPipeline
-    pipeline = plain_pipeline(kind, base, folder, path)
-    written = capfd.readouterr()
-    noise = torch.randn((1, *base.sample_shape(size)), generator=torch.Generator().manual_seed(3))
-    arguments: dict[str, Any] = {
-        "prompt": "zqrt ohwx a fox",
-        "negative_prompt": negative_prompt or None,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "guidance_rescale": settings.guidance_rescale,
-        "width": size[0],
-        "height": size[1],
-        "latents": noise,
-        "output_type": "pt",
-    }
-    theirs = pipeline(**arguments).images
-    assert (ours - theirs).abs().max() <= 1e-4
-    assert "lora" not in written.err.lower() and "key" not in written.err.lower()
-    pipeline.unload_lora_weights()
-    plain = pipeline(**arguments).images
-    assert (plain - theirs).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
-
-
-@pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
-@pytest.mark.parametrize("strength", [0.95, 0.5])
-def test_a_plain_image_to_image_pipeline_gives_the_same_image(
-    request: pytest.FixtureRequest, tmp_path: Path, layout: str, strength: float
-) -> None:
-    base, folder = request.getfixturevalue(f"base{layout[2:]}"), request.getfixturevalue(f"tiny_{layout}")
-    path = tmp_path / "photo.safetensors"
-    adapter = saved_and_loaded(make_adapter(base), path)
-    settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
-    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
-    kind = StableDiffusionXLImg2ImgPipeline if layout == "sdxl" else StableDiffusionImg2ImgPipeline
-    theirs = plain_pipeline(kind, base, folder, path)(
-        "zqrt ohwx a fox",
-        image=adapter.photo_latents,
-        strength=strength,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-    ).images
-    assert (ours - theirs).abs().max() <= 1e-4
-    plain = Editor(base).pixels(None, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
-    assert (ours - plain).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_other_samplers_agree_too(tiny_sd15: Path, tmp_path: Path, kind: Any, strength: float) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, use_safetensors=True)
-    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-    pipeline.save_pretrained(tmp_path / "base")
-    base = load_base(str(tmp_path / "base"), device="cpu")
-    assert isinstance(base.make_scheduler(), kind)
-    path = tmp_path / "photo.safetensors"
-    adapter = saved_and_loaded(make_adapter(base), path)
-    settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
-    start = adapter.photo_latents if strength < 1 else None
-    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", start, [3], settings)
-    image_to_image = {"image": start, "strength": strength} if strength < 1 else {}
-    plain = StableDiffusionImg2ImgPipeline if strength < 1 else StableDiffusionPipeline
-    theirs = plain_pipeline(plain, base, tmp_path / "base", path)(
-        "zqrt ohwx a fox",
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-        **image_to_image,
-    ).images
-    assert (ours - theirs).abs().max() <= 1e-4
 
 
 # Invariants
