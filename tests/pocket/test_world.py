@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -15,10 +16,11 @@ from lora_unitune.pocket.world import (
     draw_scene,
     is_held_out,
     is_unseen_pair,
+    object_mask,
     render,
     words,
 )
-from lora_unitune.pocket.world.sprites import COLOURED, OBJECTS
+from lora_unitune.pocket.world.sprites import COLOURED, OBJECTS, UNKNOWN
 
 
 def test_a_scene_is_drawn_the_same_twice() -> None:
@@ -107,3 +109,19 @@ def test_an_impossible_scene_is_refused() -> None:
         Scene("dog", "moon")
     with pytest.raises(ValueError, match="colour"):
         Scene("dog", "meadow", colour="red")
+
+
+def test_unknown_objects_are_rendered_and_never_drawn_for_training() -> None:
+    names = [name for each in UNKNOWN.values() for name in each]
+    assert len(names) == len(set(names)) == 32 and not set(names) & set(OBJECTS)
+    assert not {draw_scene(seed).object for seed in range(300)} & set(names)
+    pictures = {render(Scene(name, "meadow")).tobytes() for name in names}
+    assert len(pictures) == len(names)
+
+
+def test_object_mask_covers_what_the_object_changes() -> None:
+    scene = Scene("owl", "desert", "night", x=0.3, size=0.5, mirrored=True)
+    other = dataclasses.replace(scene, object="robot")
+    changed = np.abs(np.asarray(render(scene), int) - np.asarray(render(other), int)).max(-1) > 60
+    assert not (changed & ~(object_mask(scene) | object_mask(other))).sum() > 30
+    assert 300 < object_mask(scene).sum() < 1100

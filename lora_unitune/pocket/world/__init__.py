@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .drawing import HORIZONS, LOOKS, PLACES, SUNS, backdrop, stand
-from .sprites import COLOURED, COLOURS, OBJECTS, sprite
+from .sprites import COLOURED, COLOURS, OBJECTS, UNKNOWN, sprite
 
 SIDE = 64  # pixels of an image
 TIMES = ("day", "sunset", "night")
@@ -68,7 +68,7 @@ class Scene:
     """Everything that decides a picture of the pocket world.
 
     Attributes:
-        object: One of `OBJECTS`.
+        object: One of `OBJECTS`, or of `UNKNOWN`, whose objects are never drawn at random.
         place: One of `PLACES`.
         time: One of `TIMES`.
         look: One of `LOOKS`.
@@ -94,7 +94,7 @@ class Scene:
     def __post_init__(self) -> None:
         colours = tuple(COLOURS) if self.object in COLOURED else ("",)
         for field, allowed in (
-            ("object", OBJECTS),
+            ("object", (*OBJECTS, *(name for names in UNKNOWN.values() for name in names))),
             ("place", tuple(PLACES)),
             ("time", TIMES),
             ("look", tuple(LOOKS)),
@@ -186,19 +186,37 @@ def draw_scene(seed: int, split: str = "train") -> Scene:
 
 def render(scene: Scene) -> Image.Image:
     """Renders a scene, RGB, `SIDE` × `SIDE` pixels: at twice the size, then downsampled by the look."""
-    side, rng = SIDE * 2, random.Random(scene.seed)
-    image = backdrop(side, scene.place, scene.time, rng)
-    ground = (54 if scene.scale == "small" else 58) / 64  # what is further off stands higher
+    image = backdrop(SIDE * 2, scene.place, scene.time, random.Random(scene.seed))
     if scene.companion:
         small = sprite(scene.companion, "red" if scene.companion in COLOURED else "")
         other = 0.15 if scene.x > 0.5 else 0.85
-        stand(image, small, scene.time, other, ground + 0.03, 0.22)
-    main = sprite(scene.object, scene.colour)
+        stand(image, small, scene.time, other, _ground(scene) + 0.03, 0.22)
+    _stand_object(image, scene)
+    return LOOKS[scene.look](image, SIDE)
+
+
+def object_mask(scene: Scene) -> np.ndarray:
+    """Returns the pixels of a scene's object, (64, 64) bool."""
+    black = Image.new("RGB", (SIDE * 2, SIDE * 2))
+    white = sprite(scene.object, scene.colour).copy()
+    white.paste((255, 255, 255), (0, 0), white.getchannel("A"))
+    _stand_object(black, replace(scene, time="day"), white)
+    mask: np.ndarray = np.asarray(black.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)) > 127
+    return mask
+
+
+def _ground(scene: Scene) -> float:
+    """Returns where an object's lower end is, as a fraction of the height: what is further off stands higher."""
+    return (54 if scene.scale == "small" else 58) / 64
+
+
+def _stand_object(image: Image.Image, scene: Scene, picture: Image.Image | None = None) -> None:
+    """Pastes a scene's object, or another picture of its shape, into the image."""
+    main = picture or sprite(scene.object, scene.colour)
     if scene.mirrored:
         main = main.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    bottom = ground - 0.125 if scene.object == "balloon" else ground
+    bottom = _ground(scene) - 0.125 if scene.object == "balloon" else _ground(scene)
     stand(image, main, scene.time, scene.x, max(bottom, scene.size + 0.04), scene.size)
-    return LOOKS[scene.look](image, SIDE)
 
 
 def sun(scene: Scene) -> int:
@@ -261,13 +279,18 @@ def change_scene(scene: Scene, change: Change) -> Scene:
 
 
 def counterfactual(scene: Scene, change: Change) -> Counterfactual:
-    """The scene after an edit, the prompt that asks for it, and the pixels that differ."""
+    """The scene after an edit, the prompt that asks for it, and the pixels that differ.
+
+    The base has no words for unknown objects, so prompts for their scenes leave them out.
+    """
     changed = change_scene(scene, change)
     before, after = (np.asarray(render(s), dtype=np.int16) for s in (scene, changed))
     return Counterfactual(changed, _edit_prompt(changed, change), (np.abs(before - after) > 6).any(-1))
 
 
 def _edit_prompt(scene: Scene, change: Change) -> str:
+    if scene.object not in OBJECTS:
+        return _edit_prompt_without_object(scene, change)
     thing = _phrase(
         scene, scene.object, colour=change.field in ("colour", "object"), scale=change.field == "size"
     )
@@ -280,6 +303,14 @@ def _edit_prompt(scene: Scene, change: Change) -> str:
     if change.field == "companion":
         return f"{thing} and {_with_article(scene.companion)}"
     return f"{thing} {SIDE_WORDS[scene.side]}" if change.field == "x" else thing
+
+
+def _edit_prompt_without_object(scene: Scene, change: Change) -> str:
+    if change.field == "companion":
+        return f"and {_with_article(scene.companion)}"
+    if change.field == "look":
+        return LOOK_WORDS[scene.look][0][0].removesuffix(" of")
+    return (PLACE_WORDS if change.field == "place" else TIME_WORDS)[getattr(scene, change.field)][0]
 
 
 def words() -> list[str]:
