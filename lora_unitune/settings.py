@@ -173,12 +173,18 @@ class EditSettings(Section):
     adapter_scale: float = _number(
         1.0, 0, 4, "Scale of the adapter; 1 is the strength in the file, 0 the base alone."
     )
-    unconditional: Literal["adapter", "base"] = _value(
+    unconditional: Literal["adapter", "base", "rare"] = _value(
         "adapter",
-        "Weights for the unconditional prediction of guidance: with the adapter, or the base alone.",
+        "What guidance amplifies the prompt against: the empty prompt with the adapter or with the base alone, "
+        "or the rare tokens alone (arXiv 2505.23145), so that only the edit's words are amplified.",
     )
     residual: bool = _value(
-        False, "Add to the photo only what the prompt changes (FlowEdit, arXiv 2412.08629); below strength 1."
+        False, "Add to the photo only what the prompt changes (FlowEdit, arXiv 2412.08629)."
+    )
+    details: bool = _value(
+        False,
+        "Restore the photo's own pixels, in the edit's light, where the base can't draw them, and its fine detail "
+        "where the edit keeps its structure.",
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lora_unitune import Adapter, Editor, Recipe, fit
+from lora_unitune.editing.start import Start
 from lora_unitune.adapter import layers
 from lora_unitune.editing.score import psnr
 from lora_unitune.families import Base, load_base
@@ -184,8 +185,8 @@ def growth(steps: int, device: str) -> list[dict[str, Any]]:
         peak = Peak()
         for _ in range(2):
             started = time.perf_counter()
-            editor.pixels(adapter, [f"{adapter.rare_tokens} a fox"] * count, "", adapter.photo_latents,
-                          list(range(count)), adapter.recipe.edit)  # fmt: skip
+            editor.pixels(adapter, [f"{adapter.rare_tokens} a fox"] * count, "",
+                          Start(adapter.size, adapter.photo_latents), list(range(count)), adapter.recipe.edit)  # fmt: skip
             seconds = time.perf_counter() - started
         rows.append({"edit": f"candidates={count}", "seconds": seconds, "peak_bytes": peak.bytes()})
         click.echo(json_line(rows[-1]), err=True)

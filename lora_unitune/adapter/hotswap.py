@@ -6,7 +6,8 @@ An adapter of lower rank is zero-padded, which changes outputs by rounding at mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,14 @@ class Mount:
         else:
             by_part = scale if isinstance(scale, Mapping) else dict.fromkeys(adapter.recipe.lora, scale)
             self._use_lora(adapter, {part: by_part.get(part, 1.0) for part in adapter.recipe.lora})
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Inside the `with` block the base is plain; afterwards `use` has to activate the adapter again."""
+        if self._originals:
+            self.release()
+        with layers.adapters_disabled(self.base):
+            yield
 
     def release(self) -> None:
         """Restores the base as it was before the first adapter, bit for bit."""

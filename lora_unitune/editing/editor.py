@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,17 +19,17 @@ from lora_unitune.adapter.adapter import Adapter, check_fits, checked_photo
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.editing.record import Edit
-from lora_unitune.editing.sampling import sample_edit
+from lora_unitune.editing.sampling import doubt, sample_edit
+from lora_unitune.editing.start import Source, Start, starting_point
 from lora_unitune.errors import DeviceError, PromptError, RecipeError, SettingError
 from lora_unitune.families import Base, Condition, joined, load_base
-from lora_unitune.photo.framing import choose_size, frame
-from lora_unitune.photo.reading import load_photo, photo_to_tensor
-from lora_unitune.settings import EditSettings, PhotoSettings, make_section
+from lora_unitune.photo.details import restore
+from lora_unitune.settings import EditSettings, make_section
 
 _LARGEST_SEED = 2**63 - 1
 _CPU_BATCH_PIXELS = 2**18  # maximum number of pixels in a batch on a CPU
 
-Source = str | Path | Image.Image
+_RECONSTRUCTION = {"guidance": 1.0, "strength": 1.0, "residual": False, "details": False}
 
 
 class Editor:
@@ -54,6 +54,7 @@ class Editor:
         self.open = AdapterCache(cache).open
         self.base: Base = load_base(base, device) if isinstance(base, str) else base
         self._mount = Mount(self.base)
+        self._doubted: tuple[Tensor, Tensor] | None = None
 
     def __enter__(self) -> Editor:
         return self
@@ -169,7 +170,7 @@ class Editor:
         Raises:
             UnituneError: As for `edit`.
         """
-        settings = {"steps": steps, "adapter_scale": adapter_scale, "guidance": 1.0, "strength": 1.0}
+        settings = {"steps": steps, "adapter_scale": adapter_scale, **_RECONSTRUCTION}
         return next(self._run(adapter, "", "", None, [seed], settings, trained=True))
 
     def repeat(self, adapter: Adapter | None, settings: dict[str, Any], photo: Source | None = None) -> Edit:
@@ -185,7 +186,13 @@ class Editor:
             UnituneError: As for `edit`.
         """
         names = [field.name for field in dataclasses.fields(EditSettings)]
-        settings = {"residual": False, **settings}  # edits made before this setting existed
+        if settings.get("strength") == 1 and "details" not in settings:  # releases before 0.3
+            settings = {**settings, "residual": False}
+        settings = {
+            "residual": False,
+            "details": False,
+            **settings,
+        }  # edits made before these settings existed
         needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
         missing = [name for name in needed if name not in settings]
         if missing:
@@ -228,10 +235,9 @@ class Editor:
         adapter: Adapter | None,
         texts: Sequence[str],
         negative_prompt: str,
-        photo: Tensor | None,
+        start: Start | None,
         seeds: Sequence[int],
         settings: EditSettings,
-        size: tuple[int, int] | None = None,
         trained: bool = False,
     ) -> Tensor:
         """Samples a batch of images from complete prompts and settings.
@@ -240,27 +246,43 @@ class Editor:
             adapter: The adapter; None for the plain base.
             texts: Complete prompts, including rare tokens.
             negative_prompt: Prompt of the unconditional prediction of guidance.
-            photo: x0 to start from, (1, c, h, w); None if strength is 1.
+            start: The photo to start from, as `starting_point` returns it; None samples without one.
             seeds: Seeds of the noise, one for each prompt.
             settings: Sampling settings.
-            size: (width, height) in pixels; None takes the adapter's, or else the base's own.
             trained: Whether adapter_scale is a factor of the trained strength, instead of that in the file.
 
         Returns:
             Images (len(texts), 3, height, width) float32 in [0, 1].
         """
-        scale = settings.adapter_scale
+        if start is None:
+            start = Start(adapter.size_on(self.base) if adapter else self.base.size)
+        size, photo, scale = start.size, start.photo, settings.adapter_scale
+        doubted = self._doubt(photo, size) if settings.details and photo is not None else None
         self._mount.use(adapter, adapter.trained_scale(scale) if adapter and trained else scale)
         once: dict[str, Condition] = {text: self.base.condition(text) for text in dict.fromkeys(texts)}
         conditional = joined(*(once[text] for text in texts))
-        empty = self.base.condition(negative_prompt)
-        if settings.unconditional == "base":
-            with layers.adapters_disabled(self.base):
+        rare = self.base.condition(adapter.rare_tokens if adapter else "")
+        if settings.unconditional == "rare":
+            empty = rare
+        else:
+            is_base = settings.unconditional == "base"
+            with layers.adapters_disabled(self.base) if is_base else contextlib.nullcontext():
                 empty = self.base.condition(negative_prompt)
-        rare = self.base.condition(adapter.rare_tokens if adapter else "") if settings.residual else None
-        size = size or self._size(adapter)
-        x0 = sample_edit(self.base, size, conditional, rare, empty, photo, seeds, settings)
-        return self.base.decode(x0)
+        source = rare if settings.residual else None
+        x0 = sample_edit(self.base, size, conditional, source, empty, photo, seeds, settings)
+        images = self.base.decode(x0)
+        if doubted is None or photo is None:
+            return images
+        redraw = self.base.decode(photo)
+        shown = redraw if start.pixels is None else start.pixels.to(redraw)
+        return restore(shown, redraw, images, doubted)
+
+    def _doubt(self, photo: Tensor, size: tuple[int, int]) -> Tensor:
+        """Returns how wrong the plain base is about each place of a photo, cached for the last one."""
+        if self._doubted is None or not torch.equal(self._doubted[0], photo):
+            with self._mount.plain():
+                self._doubted = photo, doubt(self.base, size, photo, self.base.condition(""))
+        return self._doubted[1]
 
     def _run(
         self,
@@ -286,9 +308,11 @@ class Editor:
             _check_seed(seed)
         text = " ".join(part for part in (adapter.rare_tokens if adapter else "", prompt) if part)
         notes = [*self._cut_note("prompt", text), *self._cut_note("negative prompt", negative_prompt)]
-        if negative_prompt and settings.guidance == 1:
-            notes.append("guidance is 1, so the negative prompt has no effect")
-        start, origin, size = self._start(adapter, photo, settings, notes)
+        if negative_prompt and (settings.guidance == 1 or settings.unconditional == "rare"):
+            why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
+            notes.append(f"{why}, so the negative prompt has no effect; see --unconditional")
+        start = starting_point(self.base, adapter, photo, settings)
+        size, notes = start.size, [*notes, *start.notes]
         record = {
             "lora_unitune": __version__,
             "torch": torch.__version__,
@@ -299,7 +323,7 @@ class Editor:
             "rare_tokens": adapter.rare_tokens if adapter else "",
             "prompt": prompt,
             "negative_prompt": negative_prompt,
-            "photo": origin,
+            "photo": start.origin,
             **dataclasses.asdict(settings),
         }
         left = list(seeds)
@@ -309,7 +333,7 @@ class Editor:
             batch = left[:batch_size]
             texts = [text] * len(batch)
             try:
-                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, size, trained)
+                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, trained)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise _out_of_memory(size) from None
@@ -343,34 +367,6 @@ class Editor:
                 "edit.unconditional = 'base' needs an adapter of method 'lora', not 'full'; use 'adapter'"
             )
         return settings
-
-    def _start(
-        self, adapter: Adapter | None, photo: Source | None, settings: EditSettings, notes: list[str]
-    ) -> tuple[Tensor | None, str | None, tuple[int, int]]:
-        """Returns the x0 to start from, its origin ("given", "adapter" or None), and the size in pixels."""
-        size = self._size(adapter)
-        if settings.strength == 1:
-            return None, None, size
-        if photo is not None:
-            read = load_photo(photo)
-            if adapter and adapter.photo_digest and adapter.photo_digest != read.digest:
-                notes.append("the photo: it isn't the one that the adapter was fitted on, pixel for pixel")
-            if adapter is None or not all(adapter.size):
-                size = choose_size(read.image.size, PhotoSettings(), self.base.size, self.base.size_step)
-            framed = frame(read, size)
-            notes.extend(f"the photo: {note}" for note in framed.notes)
-            mean, _ = self.base.encode(photo_to_tensor(framed))
-            return mean, "given", size
-        if adapter is None or adapter.photo_latents is None:
-            raise SettingError(
-                f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
-                "pass photo=PATH, or strength=1"
-            )
-        return checked_photo(adapter, self.base), "adapter", size
-
-    def _size(self, adapter: Adapter | None) -> tuple[int, int]:
-        """Returns the image size of an adapter, the base's own if the adapter doesn't store it."""
-        return adapter.size_on(self.base) if adapter else self.base.size
 
     def _cut_note(self, name: str, text: str) -> list[str]:
         _, cut = self.base.tokenize(text)

@@ -70,7 +70,10 @@ def sample_edit(
     s = sigma / alpha so that it holds for diffusion and flow models alike. At each level, the photo z and z + d get
     the same new noise; from one level to the next, lower by the factor r,
     d <- r d + (1 - r) (x(z + d, whole prompt) - x(z, rare tokens alone)), where x is the clean image that
-    the base predicts. Errors in the reconstruction of the photo cancel.
+    the base predicts. Errors in the reconstruction of the photo cancel. At strength 1 it starts from pure noise.
+
+    With the setting unconditional = "rare", guidance with weight w replaces x(z + d, whole prompt) by
+    x(z + d, rare) + w (x(z + d, whole prompt) - x(z + d, rare)) (FlowAlign, arXiv 2505.23145, equation 15).
 
     Args:
         base: As for `sample`.
@@ -78,8 +81,8 @@ def sample_edit(
         conditional: As for `sample`.
         rare: Condition of the rare tokens alone (of the empty prompt for the plain base), with a batch of 1;
             None for no residual.
-        unconditional: As for `sample`.
-        photo: As for `sample`; without it (strength 1) there is no residual.
+        unconditional: As for `sample`; the rare tokens' for the setting unconditional = "rare".
+        photo: As for `sample`; without it there is no residual.
         seeds: As for `sample`.
         settings: Sampling settings; with a residual, only the sampler's noise levels are used.
 
@@ -87,22 +90,65 @@ def sample_edit(
         x0, (b, c, h, w) float32.
     """
     if photo is None or rare is None:
-        return sample(base, size, conditional, unconditional, photo, seeds, settings)
+        start = photo if settings.strength < 1 else None
+        return sample(base, size, conditional, unconditional, start, seeds, settings)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     shape, count = base.sample_shape(size), len(seeds)
     sampler = base.sampler(settings.steps, size, _skipped(settings))
-    both, empty = joined(conditional, expanded(rare, count)), expanded(unconditional, 2 * count)
+    rare, empty = expanded(rare, count), expanded(unconditional, 2 * count)
     photo, levels = photo.expand(count, *shape), sampler.levels
     ratios = [*levels.noise_to_signal().tolist(), 0.0]
     change = torch.zeros_like(photo)
-    for step, (ratio, next_ratio) in enumerate(zip(ratios, ratios[1:], strict=False)):
-        noise, index = _noise(shape, generators).to(base.device), torch.full((2 * count,), step)
-        noisy = levels.add_noise(torch.cat([photo + change, photo]), torch.cat([noise, noise]), index)
-        first = sampler.first_step[step]
-        prediction = _guided_prediction(base, noisy, sampler, first, both, empty, settings)
-        edited, redrawn = levels.clean(prediction, noisy, index).chunk(2)
+    for level, (ratio, next_ratio) in enumerate(zip(ratios, ratios[1:], strict=False)):
+        step = sampler.first_step[level]
+        noise = _noise(shape, generators).to(base.device)
+        if settings.unconditional == "rare" and _is_guided(sampler, step, settings):
+            rows, conditions = [photo + change, photo + change, photo], [conditional, rare, rare]
+        else:
+            rows, conditions = [photo + change, photo], [conditional, rare]
+        index = torch.full((len(rows) * count,), level)
+        noisy = levels.add_noise(torch.cat(rows), noise.repeat(len(rows), 1, 1, 1), index)
+        if len(rows) == 3:
+            timesteps = sampler.timesteps[step].expand(len(noisy))
+            output = base.predict(noisy, timesteps, joined(*conditions))
+            prompted, without, redrawn = levels.clean(output, noisy, index).chunk(3)
+            edited = _guided(without, prompted, settings)
+        else:
+            output = _guided_prediction(base, noisy, sampler, step, joined(*conditions), empty, settings)
+            edited, redrawn = levels.clean(output, noisy, index).chunk(2)
         change = torch.lerp(edited - redrawn, change, next_ratio / ratio)
     return photo + change
+
+
+@torch.no_grad()
+def doubt(base: Base, size: tuple[int, int], photo: Tensor, empty: Condition) -> Tensor:
+    """Returns how wrong the base is about each place of a photo: what it has never seen, it can't draw.
+
+    The root mean square error of the clean image that the base predicts for the noised photo without adapter
+    and prompt, over three noise levels and noise of both signs.
+
+    Args:
+        base: The base, without an active adapter.
+        size: (width, height) in pixels.
+        photo: x0 of the photo, (1, c, h, w).
+        empty: Condition of the empty prompt by the plain base, with a batch of 1.
+
+    Returns:
+        The error in units of x0, (1, 1, h, w) float32.
+    """
+    schedule = base.schedule(size)
+    shares = torch.tensor([schedule.share(float(timestep)) for timestep in schedule.timesteps])
+    index = torch.stack([(shares - share).abs().argmin() for share in _DOUBT_SHARES]).repeat_interleave(2)
+    noise = torch.randn((len(_DOUBT_SHARES), *photo.shape[1:]), generator=torch.Generator().manual_seed(0))
+    noise = torch.stack([noise, -noise], 1).flatten(0, 1).to(base.device)
+    clean = photo.expand_as(noise)
+    noisy = schedule.add_noise(clean, noise, index)
+    output = base.predict(noisy, schedule.timesteps[index].to(base.device), expanded(empty, len(noisy)))
+    error = schedule.clean(output, noisy, index) - clean
+    return error.square().mean((0, 1), keepdim=True).sqrt()
+
+
+_DOUBT_SHARES = (0.45, 0.6, 0.75)  # of the denoising
 
 
 def _noise(shape: tuple[int, int, int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -125,14 +171,23 @@ def _guided_prediction(
     settings: EditSettings,
 ) -> Tensor:
     """Returns the prediction (b, c, h, w) for one step, with guidance where its weight isn't 1."""
-    count, timestep, share = len(noisy), sampler.timesteps[step], sampler.shares[step]
-    timesteps = timestep.expand(count)
-    if settings.guidance == 1 or not settings.guidance_start <= share < settings.guidance_stop:
+    count, timesteps = len(noisy), sampler.timesteps[step].expand(len(noisy))
+    if not _is_guided(sampler, step, settings):
         return base.predict(noisy, timesteps, conditional)
     is_base = settings.unconditional == "base"
     with adapters_for_last(base, count) if is_base else contextlib.nullcontext():
         both = joined(unconditional, conditional)
         without, prompted = base.predict(torch.cat([noisy] * 2), timesteps.repeat(2), both).chunk(2)
+    return _guided(without, prompted, settings)
+
+
+def _is_guided(sampler: Sampler, step: int, settings: EditSettings) -> bool:
+    """Returns whether a step is in the guidance interval."""
+    return settings.guidance != 1 and settings.guidance_start <= sampler.shares[step] < settings.guidance_stop
+
+
+def _guided(without: Tensor, prompted: Tensor, settings: EditSettings) -> Tensor:
+    """Returns the guided prediction (b, c, h, w), rescaled."""
     guided = classifier_free_guidance(without, prompted, settings.guidance)
     if settings.guidance_rescale > 0:
         guided = rescale_guidance(guided, prompted, settings.guidance_rescale)

@@ -9,6 +9,7 @@ import torch
 from golden.__main__ import FOLDER, PROMPT, SETTINGS
 from safetensors.torch import load_file
 
+from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.describe import describe
 from lora_unitune.editing.editor import Editor
@@ -35,9 +36,9 @@ def test_a_golden_file_gives_its_image(request: pytest.FixtureRequest, path: Pat
     expected = load_file(FOLDER / f"{version}-{family}-image.safetensors")["image"].float()
     adapter = Adapter.load(path)
     assert adapter.rare_tokens == "zqrt ohwx" and adapter.date == "2026-11-23"
-    image = editor.pixels(adapter, [PROMPT], "", adapter.photo_latents, [3], SETTINGS)
+    image = editor.pixels(adapter, [PROMPT], "", Start(adapter.size, adapter.photo_latents), [3], SETTINGS)
     assert (image - expected).abs().max() < 2e-3
-    plain = editor.pixels(None, [PROMPT], "", adapter.photo_latents, [3], SETTINGS, adapter.size)
+    plain = editor.pixels(None, [PROMPT], "", Start(adapter.size, adapter.photo_latents), [3], SETTINGS)
     assert (plain - expected).abs().max() > 1e-2
     assert torch.isfinite(image).all()
     assert f"v{describe(path)['format_version']}" == version

@@ -17,6 +17,7 @@ from diffusers import (
 from PIL import Image
 from random_adapters import EDIT, LORA, changed, make_adapter, make_full_adapter
 
+from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.editing.editor import Editor
@@ -158,12 +159,12 @@ def test_a_residual_adds_to_the_photo_what_the_prompt_changed(
     assert photo is not None
 
     def drawn(text: str, **changes: Any) -> torch.Tensor:
-        return editor.pixels(adapter, [text], "", photo, [3], replace(settings, **changes))
+        return editor.pixels(adapter, [text], "", Start(adapter.size, photo), [3], replace(settings, **changes))
 
     text = f"{adapter.rare_tokens} a fox"
     torch.testing.assert_close(drawn(adapter.rare_tokens), base.decode(photo))
     assert (drawn(text) - base.decode(photo)).abs().max() > 1e-3
-    together = editor.pixels(adapter, [adapter.rare_tokens, text], "", photo, [4, 3], settings)
+    together = editor.pixels(adapter, [adapter.rare_tokens, text], "", Start(adapter.size, photo), [4, 3], settings)
     torch.testing.assert_close(together[1:], drawn(text))
 
     once = drawn(text, steps=2, strength=0.5, guidance=1.0)  # one step: from the noised photo to clean
@@ -188,7 +189,7 @@ def test_a_residual_uses_only_the_timesteps_of_a_sampler(
     for sampler in (ours, other):
         monkeypatch.setattr(base15, "make_scheduler", lambda sampler=sampler: sampler)
         pictures.append(Editor(base15).pixels(
-            adapter, [f"{adapter.rare_tokens} a fox"], "", adapter.photo_latents, [3], settings
+            adapter, [f"{adapter.rare_tokens} a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings
         ))  # fmt: skip
         Editor(base15).release()
     torch.testing.assert_close(*pictures)

@@ -21,6 +21,7 @@ from peft import PeftModel
 from PIL import Image
 from random_adapters import EDIT, make_adapter
 
+from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.editing.editor import Editor
@@ -89,7 +90,7 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
     path = tmp_path / "photo.safetensors"
     adapter = saved_and_loaded(make_adapter(base), path)
     settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
-    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
+    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings)
     kind = StableDiffusionXLImg2ImgPipeline if layout == "sdxl" else StableDiffusionImg2ImgPipeline
     theirs = plain_pipeline(kind, base, folder, path)(
         "zqrt ohwx a fox",
@@ -101,7 +102,7 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
         output_type="pt",
     ).images
     assert (ours - theirs).abs().max() <= 1e-4
-    plain = Editor(base).pixels(None, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
+    plain = Editor(base).pixels(None, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings)
     assert (ours - plain).abs().max() > 1e-2
 
 
@@ -161,7 +162,7 @@ def test_other_samplers_agree_too(tiny_sd15: Path, tmp_path: Path, kind: Any, st
     adapter = saved_and_loaded(make_adapter(base), path)
     settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
     start = adapter.photo_latents if strength < 1 else None
-    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", start, [3], settings)
+    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", Start(adapter.size, start), [3], settings)
     image_to_image = {"image": start, "strength": strength} if strength < 1 else {}
     plain = StableDiffusionImg2ImgPipeline if strength < 1 else StableDiffusionPipeline
     theirs = plain_pipeline(plain, base, tmp_path / "base", path)(

@@ -17,6 +17,7 @@ from conftest import save_sd15, save_sdxl
 from random_adapters import EDIT, LORA, changed, make_adapter
 from safetensors.torch import save_file
 
+from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.adapter.header import FORMAT_VERSION
@@ -50,7 +51,7 @@ def write(family: str, save: Callable[[Path], Path]) -> None:
     convert(first, "kohya", FOLDER / f"{start}-kohya.safetensors")
     convert(first, "peft", FOLDER / f"{start}-peft")
     again = Adapter.load(first)
-    image = Editor(base).pixels(again, [PROMPT], "", again.photo_latents, [3], SETTINGS)
+    image = Editor(base).pixels(again, [PROMPT], "", Start(again.size, again.photo_latents), [3], SETTINGS)
     save_file({"image": image.to(torch.float16)}, FOLDER / f"{start}-image.safetensors")
 
 

@@ -1,0 +1,75 @@
+"""What an edit starts from: the photo at the base's size, from a file or from the adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from lora_unitune.adapter.adapter import Adapter, checked_photo
+from lora_unitune.errors import SettingError
+from lora_unitune.families import Base
+from lora_unitune.photo.framing import choose_size, frame
+from lora_unitune.photo.reading import load_photo, photo_to_tensor
+from lora_unitune.settings import EditSettings, PhotoSettings
+
+Source = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an edit starts from.
+
+    Attributes:
+        size: (width, height) of the edit in pixels.
+        photo: x0 of the photo, (1, c, h, w); None samples without it.
+        pixels: The photo itself, (1, 3, height, width) float32 in [0, 1]; None if there is only its x0.
+        origin: "given", "adapter", or None without a photo.
+        notes: Notes for the user, one sentence each.
+    """
+
+    size: tuple[int, int]
+    photo: Tensor | None = None
+    pixels: Tensor | None = None
+    origin: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def starting_point(
+    base: Base, adapter: Adapter | None, photo: Source | None, settings: EditSettings
+) -> Start:
+    """Reads and encodes the photo that an edit starts from, if its settings need one.
+
+    Args:
+        base: The base.
+        adapter: The adapter, which may hold its photo's x0.
+        photo: The photo to start from, instead of the adapter's.
+        settings: The edit's settings.
+
+    Raises:
+        SettingError: The strength is below 1 and there is no photo.
+        PhotoError: The photo can't be read.
+    """
+    size = adapter.size_on(base) if adapter else base.size
+    if settings.strength == 1 and not settings.residual:
+        return Start(size)
+    if photo is not None:
+        read, notes = load_photo(photo), list[str]()
+        if adapter and adapter.photo_digest and adapter.photo_digest != read.digest:
+            notes.append("it isn't the one that the adapter was fitted on, pixel for pixel")
+        if adapter is None or not all(adapter.size):
+            size = choose_size(read.image.size, PhotoSettings(), base.size, base.size_step)
+        framed = frame(read, size)
+        pixels = photo_to_tensor(framed)
+        prefixed = tuple(f"the photo: {note}" for note in (*notes, *framed.notes))
+        return Start(size, base.encode(pixels)[0], pixels / 2 + 0.5, "given", prefixed)
+    if adapter is not None and adapter.photo_latents is not None:
+        return Start(size, checked_photo(adapter, base), origin="adapter")
+    if settings.strength == 1:
+        return Start(size)
+    raise SettingError(
+        f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
+        "pass photo=PATH, or strength=1"
+    )

@@ -1,0 +1,132 @@
+"""The photo's own pixels and fine detail in an edit, at the base's size: pure functions on images.
+
+Images are (b, 3, h, w) float32 in [0, 1]; the photo and its redraw have a batch of 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DOUBTED = 0.42
+"""Doubt, in units of x0, above which the base can't draw what it sees; measured on pocket."""
+_SOFTNESS = 0.05
+_RADIUS = 4  # pixels
+_SMOOTHING = 2e-3  # variance of a color below which a window counts as flat
+_EDGES = 3e-3  # the same for the mask
+
+
+def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tensor:
+    """Returns edits with the photo's own pixels, in the edit's light, where the base can't draw them.
+
+    Elsewhere an edit gets the photo's fine detail wherever it keeps the photo's structure.
+
+    Args:
+        photo: The photo.
+        redraw: What the base makes of the photo without an edit, such as its autoencoder's reconstruction.
+        edit: Edits of it, (b, 3, h, w).
+        doubt: How wrong the base is about each place of the photo, (1, 1, h', w'), of any size.
+
+    Returns:
+        The edits, (b, 3, h, w).
+    """
+    doubted = doubted_pixels(photo, doubt)
+    relit = transfer_colors(photo, redraw, edit, doubted)
+    return torch.lerp(add_detail(photo, redraw, edit), relit, doubted).clamp(0, 1)
+
+
+def doubted_pixels(photo: Tensor, doubt: Tensor) -> Tensor:
+    """Returns the part of each pixel, (1, 1, h, w) in [0, 1], that belongs to what the base can't draw.
+
+    The doubt is smoothed, thresholded and fitted to the photo's edges by a guided filter.
+    """
+    enlarged = F.interpolate(_box(doubt, 1), size=photo.shape[-2:], mode="bicubic", align_corners=False)
+    rough = torch.sigmoid((enlarged - DOUBTED) / _SOFTNESS)
+    matrix, offset = _local_affine(photo, rough, _RADIUS, _EDGES)
+    return (2 * (_apply(matrix, photo) + offset) - 0.5).clamp(0, 1)
+
+
+def add_detail(photo: Tensor, redraw: Tensor, edit: Tensor) -> Tensor:
+    """Returns edits with the fine detail that the redraw loses, where they keep its structure.
+
+    In each window, the guided filter (He et al., "Guided Image Filtering", ECCV 2010) explains the edit as an affine
+    map of the redraw's colors; its matrix applies to the detail too, and is 0 where the edit shows something else.
+    """
+    matrix, _ = _local_affine(redraw, edit, _RADIUS, _SMOOTHING)
+    return edit + _apply(matrix, photo - redraw)
+
+
+def transfer_colors(photo: Tensor, redraw: Tensor, edit: Tensor, weight: Tensor) -> Tensor:
+    """Returns the photo in the edits' light.
+
+    The affine map of colors that takes mean and covariance of the redraw's to the edit's, over the weighted pixels
+    (Pitié and Kokaram, "The linear Monge-Kantorovitch linear colour mapping", CVMP 2007), applied to the photo: it
+    needs no pixel of the edit to show the same as the photo's.
+
+    Args:
+        photo: The photo.
+        redraw: As for `restore`.
+        edit: Edits of it, (b, 3, h, w).
+        weight: Weight of each pixel, (1, 1, h, w).
+
+    Returns:
+        (b, 3, h, w).
+    """
+    shares = (weight / weight.sum().clamp(min=1e-6)).flatten(2)
+
+    def moments(image: Tensor) -> tuple[Tensor, Tensor]:
+        colors = image.flatten(2)
+        mean = (shares * colors).sum(2, keepdim=True)
+        return mean, (shares * (colors - mean)) @ (colors - mean).mT
+
+    (before, spread), (after, wanted) = moments(redraw), moments(edit)
+    identity = torch.eye(3, device=edit.device)
+    root = _root(spread + 1e-4 * identity)
+    inverse = torch.linalg.inv(root)
+    matrix = inverse @ _root(root @ (wanted + 1e-6 * identity) @ root) @ inverse
+    relit: Tensor = matrix @ (photo.flatten(2) - before) + after
+    return relit.reshape(edit.shape).clamp(0, 1)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Returns the square root of symmetric positive matrices, (b, 3, 3)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
+    return root
+
+
+def _box(image: Tensor, radius: int) -> Tensor:
+    """Returns the mean over the window around each pixel, (b, c, h, w)."""
+    padded = F.pad(image, (radius,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
+
+
+def _local_affine(guide: Tensor, image: Tensor, radius: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """Fits image = matrix guide + offset in each window.
+
+    Args:
+        guide: (1, 3, h, w).
+        image: (b, c, h, w).
+        radius: Radius of the windows in pixels.
+        ridge: Added to the variances of the guide's colors.
+
+    Returns:
+        The matrices, (b, c, 3, h, w), and the offsets, (b, c, h, w).
+    """
+    (count, channels, height, width) = image.shape
+    guide_mean, mean = _box(guide, radius), _box(image, radius)
+    products = torch.einsum("zihw,zjhw->zijhw", guide, guide).flatten(1, 2)
+    variance = _box(products, radius).unflatten(1, (3, 3)) - guide_mean[:, :, None] * guide_mean[:, None]
+    products = (guide[:, None] * image[:, :, None]).flatten(1, 2)
+    covariance = _box(products, radius).unflatten(1, (channels, 3)) - guide_mean[:, None] * mean[:, :, None]
+    variance = variance.permute(0, 3, 4, 1, 2) + ridge * torch.eye(3, device=guide.device)
+    matrix = torch.linalg.solve(variance, covariance.permute(0, 3, 4, 2, 1)).permute(0, 4, 3, 1, 2)
+    offset = mean - _apply(matrix, guide_mean)
+    smooth = _box(matrix.flatten(1, 2), radius).reshape(count, channels, 3, height, width)
+    return smooth, _box(offset, radius)
+
+
+def _apply(matrix: Tensor, image: Tensor) -> Tensor:
+    """Returns matrix (b, c, 3, h, w) times image (1, 3, h, w) at each pixel, (b, c, h, w)."""
+    return (matrix * image[:, None]).sum(2)
