@@ -92,6 +92,7 @@ def tune(name: str, count: int, trials: int, base: str, device: str) -> dict[str
     tried[:best] = sorted(tried[:best], key=Trial.rank)
     return {
         "made": origin(editor.base.device) | {"base": editor.base.fingerprint, "pairs": count},
+        "space": {dial: values for dial, values in method.grid.items() if len(values) > 1},
         "dials": tried[0].dials,
         "edges": edges(method.grid, tried[0].dials),
         "trials": [trial.record() for trial in tried],

@@ -90,6 +90,7 @@ def test_tuning_halves_the_settings_and_reports_an_edge(
     assert "edge: guidance=8" in result.output.splitlines()
     assert [file.name for file in tmp_path.iterdir()] == ["painter.json"]
     kept = json.loads((tmp_path / "painter.json").read_text())
+    assert kept["space"] == {"guidance": [3, 1, 2, 4, 5, 6, 7, 8]}
     assert kept["dials"] == kept["edges"] == {"guidance": 8}  # 7 is as successful, with a lower PSNR
     trials = kept["trials"]
     assert [trial["dials"]["guidance"] for trial in trials] == [8, 7, 6, 5, 4, 3, 2, 1]
