@@ -84,6 +84,14 @@ class LoraSettings(Section):
         (), "Suffixes of the names of the modules that get an adapter; none takes the family's.", empty=True
     )
     learning_rate: float = _number(0.0, 0, 1, "Learning rate of the part; 0 takes the family's.")
+    weight: float = _number(
+        1.0,
+        0,
+        4,
+        "Strength of the part in the saved file, relative to what was trained: what an edit, and any other tool "
+        'at weight 1, applies. Ignored by method "full".',
+        above=True,
+    )
 
     @property
     def scale(self) -> float:
@@ -163,7 +171,7 @@ class EditSettings(Section):
         above=True,
     )  # fmt: skip
     adapter_scale: float = _number(
-        1.0, 0, 4, "Scale of the adapter; 1 is the fitted strength, 0 the base alone."
+        1.0, 0, 4, "Scale of the adapter; 1 is the strength in the file, 0 the base alone."
     )
     unconditional: Literal["adapter", "base"] = _value(
         "adapter",

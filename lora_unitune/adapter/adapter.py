@@ -207,6 +207,12 @@ class Adapter:
         settings = self.recipe.lora.get(part)
         return settings.scale if settings else 0.0
 
+    def trained_scale(self, scale: float) -> float | dict[str, float]:
+        """Returns what `Mount.use` takes for a multiple of the trained strength: each part's weight is undone."""
+        if self.recipe.fit.method == "full":
+            return scale
+        return {part: scale / settings.weight for part, settings in self.recipe.lora.items()}
+
     def header(self) -> str:
         """Returns the content of the file's "lora_unitune" entry, as JSON."""
         own = {"recipe": self.recipe.to_dict(), "format_version": FORMAT_VERSION}

@@ -1,7 +1,8 @@
 """Smaller adapter files: each layer keeps only its most important ranks.
 
 A layer's change of its weights, B A, is a sum of singular vectors (Eckart and Young, 1936). Over all layers
-together, those with the least effect on the base's predictions per byte are removed first.
+together, those with the least effect on the base's predictions per byte are removed first. Effects
+are those at the strength in the file, adapter_scale 1.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import FAMILIES, Family
 from lora_unitune.recipe import Recipe
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "lora_unitune"
 PHOTO_KEY = "lora_unitune.photo_latents"
 RANKS_KEY = "lora_unitune.ranks"

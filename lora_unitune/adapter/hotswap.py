@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter
-from lora_unitune.errors import AdapterFileError, RecipeError
+from lora_unitune.errors import AdapterFileError, RecipeError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.settings import LoraSettings
+
+Scale = float | Mapping[str, float]
+"""Factor of an adapter's change of the weights: one number, or one by part."""
 
 
 class Mount:
@@ -27,26 +30,31 @@ class Mount:
         self._loaded: Adapter | None = None
         self._attached: Mapping[str, LoraSettings] | None = None
         self._slots: dict[str, nn.Parameter] = {}
-        self._scale = 1.0
+        self._scale: Scale = 1.0
         self._originals: dict[str, Tensor] = {}
 
-    def use(self, adapter: Adapter | None, scale: float) -> None:
+    def use(self, adapter: Adapter | None, scale: Scale) -> None:
         """Activates an adapter on the base; None restores the plain base.
 
         Args:
             adapter: An adapter made for this base.
-            scale: Factor of its change of the weights; for method "full", weights are interpolated from the
-                base's (0) to the fitted ones (1).
+            scale: Factor of its change of the weights: a number, or one by part (1 for parts that it doesn't
+                name). For method "full" a number only: weights are interpolated from the base's (0) to the
+                fitted ones (1).
 
         Raises:
             AdapterFileError: The adapter's tensors don't match the base.
+            SettingError: The method is "full", and the scale is by part.
         """
         if adapter is None:
             self.release()
         elif adapter.recipe.fit.method == "full":
+            if isinstance(scale, Mapping):
+                raise SettingError("an adapter of method 'full' takes one scale for all parts; give a number")
             self._use_full(adapter, scale)
         else:
-            self._use_lora(adapter, scale)
+            by_part = scale if isinstance(scale, Mapping) else dict.fromkeys(adapter.recipe.lora, scale)
+            self._use_lora(adapter, {part: by_part.get(part, 1.0) for part in adapter.recipe.lora})
 
     def release(self) -> None:
         """Restores the base as it was before the first adapter, bit for bit."""
@@ -58,7 +66,7 @@ class Mount:
         self._originals, self._slots = {}, {}
         self._loaded, self._attached, self._scale = None, None, 1.0
 
-    def _use_lora(self, adapter: Adapter, scale: float) -> None:
+    def _use_lora(self, adapter: Adapter, scale: dict[str, float]) -> None:
         """Copies an adapter into the attached layers; if their capacity is too small, attaches larger ones first."""
         if adapter is self._loaded and scale == self._scale and self._attached is not None:
             return
@@ -73,7 +81,7 @@ class Mount:
             layers.load_in_place(self._slots, adapter.tensors, lora)
         except RecipeError as error:
             raise AdapterFileError(f"the adapter's recipe doesn't suit the base: {error}") from error
-        layers.set_scale(self.base, {part: scale * settings.scale for part, settings in lora.items()})
+        layers.set_scale(self.base, {part: scale[part] * settings.scale for part, settings in lora.items()})
         self._loaded, self._scale = adapter, scale
 
     def _use_full(self, adapter: Adapter, scale: float) -> None:

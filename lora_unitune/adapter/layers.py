@@ -129,6 +129,19 @@ def slots(base: Base) -> dict[str, nn.Parameter]:
     return weights
 
 
+def multiplied(tensors: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """Returns an adapter's tensors with each part's change of the weights, B A, multiplied by a factor.
+
+    Args:
+        tensors: Tensors, as returned by `collect`; of each layer, only B is changed.
+        factors: Factors by part; parts without one keep their tensors.
+    """
+    return {
+        key: tensor * factors.get(key.partition(".")[0], 1.0) if key.endswith(".lora_B.weight") else tensor
+        for key, tensor in tensors.items()
+    }
+
+
 def load_in_place(
     weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], lora: Mapping[str, LoraSettings]
 ) -> None:

@@ -1,4 +1,7 @@
-"""Migration of headers of earlier format versions to the newest version."""
+"""Migration of headers of earlier format versions to the newest version.
+
+A header of version 2 is one of version 3 without weights of the parts, which default to 1.
+"""
 
 from __future__ import annotations
 

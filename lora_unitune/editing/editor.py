@@ -158,17 +158,19 @@ class Editor:
     ) -> Edit:
         """Samples the photo from noise and the rare tokens alone, without guidance, to show what the fit learned.
 
+        The adapter applies at the strength that was trained, whatever its weight in the file is.
+
         Args:
             adapter: Adapter of the photo.
             seed: Seed of the noise.
             steps: Sampling steps.
-            adapter_scale: Scale of the adapter, independent of the recipe's.
+            adapter_scale: Factor of the trained strength, independent of the recipe's adapter_scale.
 
         Raises:
             UnituneError: As for `edit`.
         """
         settings = {"steps": steps, "adapter_scale": adapter_scale, "guidance": 1.0, "strength": 1.0}
-        return next(self._run(adapter, "", "", None, [seed], settings))
+        return next(self._run(adapter, "", "", None, [seed], settings, trained=True))
 
     def repeat(self, adapter: Adapter | None, settings: dict[str, Any], photo: Source | None = None) -> Edit:
         """Repeats an edit exactly.
@@ -197,7 +199,8 @@ class Editor:
             raise SettingError("the edit started from a photo that was given with it; give that photo again")
         chosen = {name: settings[name] for name in names}
         prompt, negative_prompt, seed = (settings[name] for name in ("prompt", "negative_prompt", "seed"))
-        return next(self._run(adapter, prompt, negative_prompt, photo, [seed], chosen))
+        trained = not prompt  # only reconstructions have none
+        return next(self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained))
 
     @torch.no_grad()
     def photo_round_trip(self, adapter: Adapter) -> Image.Image:
@@ -229,6 +232,7 @@ class Editor:
         seeds: Sequence[int],
         settings: EditSettings,
         size: tuple[int, int] | None = None,
+        trained: bool = False,
     ) -> Tensor:
         """Samples a batch of images from complete prompts and settings.
 
@@ -240,11 +244,13 @@ class Editor:
             seeds: Seeds of the noise, one for each prompt.
             settings: Sampling settings.
             size: (width, height) in pixels; None takes the adapter's, or else the base's own.
+            trained: Whether adapter_scale is a factor of the trained strength, instead of that in the file.
 
         Returns:
             Images (len(texts), 3, height, width) float32 in [0, 1].
         """
-        self._mount.use(adapter, settings.adapter_scale)
+        scale = settings.adapter_scale
+        self._mount.use(adapter, adapter.trained_scale(scale) if adapter and trained else scale)
         once: dict[str, Condition] = {text: self.base.condition(text) for text in dict.fromkeys(texts)}
         conditional = joined(*(once[text] for text in texts))
         empty = self.base.condition(negative_prompt)
@@ -265,6 +271,7 @@ class Editor:
         seeds: Sequence[int],
         chosen: dict[str, Any],
         batch_size: int = 1,
+        trained: bool = False,
     ) -> Iterator[Edit]:
         """Checks the settings, samples in batches, and yields the edits."""
         started = time.perf_counter()
@@ -302,7 +309,7 @@ class Editor:
             batch = left[:batch_size]
             texts = [text] * len(batch)
             try:
-                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, size)
+                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, size, trained)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise _out_of_memory(size) from None

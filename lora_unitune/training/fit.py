@@ -51,8 +51,8 @@ def fit(
         seed: Seed of all randomness; the same seed gives the same tensors.
         device: Device of a base that is loaded by name: "auto", "cpu", "cuda" or "mps".
         embed_photo: Whether to store the photo's latents in the adapter, so that edits can start from them.
-        start: An adapter to continue from, instead of a new one; its ranks, alphas, targets and rare tokens are
-            used.
+        start: An adapter to continue from, at the strength that was trained, instead of a new one; its ranks,
+            alphas, targets and rare tokens are used.
         on_step: Callback after each step.
         on_note: Callback for notes to the user: changes of the photo, or that memory ran out and the fit
             continues with less.
@@ -85,9 +85,11 @@ def fit(
         prepared = prepare(framed, settings, loaded)
         with _trainable(loaded, settings, generator):
             if start is not None:
-                layers.load_in_place(layers.slots(loaded), start.tensors, settings.lora)
+                undone = {part: 1 / each.weight for part, each in start.recipe.lora.items()}
+                trained = layers.multiplied(start.tensors, undone)
+                layers.load_in_place(layers.slots(loaded), trained, settings.lora)
             history = train(prepared, loaded, settings, generator, on_step, on_note)
-            tensors = _full_tensors(loaded) if settings.fit.method == "full" else layers.collect(loaded)
+            tensors = _result(loaded, settings)
     except torch.OutOfMemoryError as error:
         raise FitError(
             "memory ran out before the first step; close other programs, or pass device='cpu'"
@@ -152,6 +154,14 @@ def _full_weights(base: Base, lora: Mapping[str, LoraSettings]) -> Iterator[None
                 weight.grad = None
 
 
+def _result(base: Base, recipe: Recipe) -> dict[str, Tensor]:
+    """Returns the trained tensors, float32 on the CPU, those of method "lora" at the strength of their part."""
+    if recipe.fit.method == "full":
+        return _full_tensors(base)
+    weights = {part: settings.weight for part, settings in recipe.lora.items()}
+    return layers.multiplied(layers.collect(base), weights)
+
+
 def _full_tensors(base: Base) -> dict[str, Tensor]:
     """Returns copies of all trained weights, float32 on the CPU, by "<part>.<parameter name>"."""
     return {
@@ -181,8 +191,9 @@ def _continued(recipe: Recipe, start: Adapter | None) -> Recipe:
     if "full" in (recipe.fit.method, start.recipe.fit.method):
         raise SettingError("a fit can continue from an adapter of method 'lora' only, and with that method")
     tokens = recipe.prompt.rare_tokens or start.rare_tokens
+    before = {part: start.recipe.lora.get(part, LoraSettings(0)) for part in recipe.lora}
     lora = {
-        part: replace(start.recipe.lora.get(part, LoraSettings(0)), learning_rate=each.learning_rate)
+        part: replace(before[part], learning_rate=each.learning_rate, weight=each.weight)
         for part, each in recipe.lora.items()
     }
     return replace(recipe, lora=lora, prompt=replace(recipe.prompt, rare_tokens=tokens))

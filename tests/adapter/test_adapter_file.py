@@ -80,7 +80,7 @@ def test_describe_returns_the_content_as_json(adapter: Adapter, saved: Path) -> 
     assert described["targets"]["unet"] == list(LORA["unet"].targets)
     assert described["steps"] == adapter.recipe.fit.steps
     assert described["photo_embedded"] is True
-    assert described["format_version"] == 2
+    assert described["format_version"] == 3
     assert described["size"] == [32, 32]
     assert described["tensors"] == len(adapter.tensors)
     assert described["parameters"] == sum(tensor.numel() for tensor in adapter.tensors.values())

@@ -79,8 +79,8 @@ CHANGES: dict[str, tuple[Callable[..., Any], str]] = {
         "isn't valid JSON",
     ),
     "newer format": (
-        lambda tensors, metadata, own: own.update(format_version=3),
-        "format version 3 .*upgrade",
+        lambda tensors, metadata, own: own.update(format_version=4),
+        "format version 4 .*upgrade",
     ),
     "version isn't a number": (lambda tensors, metadata, own: own.update(format_version="2"), "is wrong"),
     "no fingerprint": (lambda tensors, metadata, own: own.pop("fingerprint"), "'fingerprint' .* is missing"),

@@ -17,7 +17,8 @@ FILES = sorted(path for path in FOLDER.glob("v*-*") if "-image" not in path.name
 
 
 def test_there_is_one_of_each_layout_and_family() -> None:
-    layouts = {"v1": ("diffusers", "kohya", "peft"), "v2": ("diffusers", "kohya", "peft", "int8")}
+    first = ("diffusers", "kohya", "peft")
+    layouts = {"v1": first, "v2": (*first, "int8"), "v3": (*first, "int8")}
     assert {path.stem for path in FILES} == {
         f"{version}-{family}-{layout}"
         for version, names in layouts.items()
@@ -49,4 +50,6 @@ def test_versions_say_the_same_of_the_fits_they_share() -> None:
         lora = described["recipe"]["lora"]
         assert (lora["unet"]["rank"], lora["unet"]["alpha"]) == (2, 10.0)
         assert {each["learning_rate"] for each in lora.values()} == {4e-4, 1e-4}
+        weights = (lora["unet"]["weight"], lora["text_encoder"]["weight"])
+        assert weights == ((0.5, 1.0) if path.name.startswith("v3-") else (1.0, 1.0))
         assert described["size"] == ([32, 32] if path.name.startswith("v1-") else [48, 32])

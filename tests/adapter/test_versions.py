@@ -84,8 +84,8 @@ def test_random_headers_of_version_1_keep_their_meaning(tmp_path: Path) -> None:
         for name in ("base", "fingerprint", "rare_tokens", "seed", "seconds", "family"):
             assert getattr(adapter, name) == header[name]
         adapter.save(again, overwrite=True)
-        assert describe(again)["format_version"] == 2
-        assert Adapter.load(again).recipe == adapter.recipe, "what is saved again is of version 2"
+        assert describe(again)["format_version"] == 3
+        assert Adapter.load(again).recipe == adapter.recipe, "what is saved again is of the newest version"
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,16 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from peft import PeftModel
+from PIL import Image
 from random_adapters import EDIT, make_adapter
 
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.convert import convert
 from lora_unitune.editing.editor import Editor
 from lora_unitune.families import Base, load_base
+from lora_unitune.recipe import Recipe
+from lora_unitune.training.fit import fit
 
 # Agreement with plain diffusers
 
@@ -97,6 +103,50 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
     assert (ours - theirs).abs().max() <= 1e-4
     plain = Editor(base).pixels(None, ["zqrt ohwx a fox"], "", adapter.photo_latents, [3], settings)
     assert (ours - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_fit_of_any_weight_is_the_same_in_plain_pipelines_at_weight_1(
+    base15: Base, tiny_sd15: Path, photo_image: Image.Image, tmp_path: Path, layout: Any
+) -> None:
+    quick = ["fit.steps=8", "fit.batch_size=2", "lora.unet.learning_rate=5e-2", "lora.text_encoder.rank=2"]
+    weights = ["lora.unet.weight=0.3", "lora.text_encoder.weight=0.7"]
+    size = ["photo.size=32x32"]
+    fit(photo_image, base=base15, recipe=Recipe(), overrides=[*quick, *weights, *size]).save(
+        tmp_path / "ours"
+    )
+    file = tmp_path / "photo.safetensors"
+    convert(tmp_path / "ours", layout, file)
+    adapter, settings = Adapter.load(file), replace(EDIT, strength=1.0, adapter_scale=1.0)
+    text = f"{adapter.rare_tokens} a fox"
+    ours = Editor(base15).pixels(adapter, [text], "", None, [3], settings)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = base15.make_scheduler()
+    arguments: dict[str, Any] = {
+        "prompt": text,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "guidance_rescale": settings.guidance_rescale,
+        "output_type": "pt",
+    }
+    shape = (1, *base15.sample_shape((32, 32)))
+
+    def theirs() -> torch.Tensor:
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        images: torch.Tensor = pipeline(**arguments, latents=noise, width=32, height=32).images
+        return images
+
+    plain = theirs()
+    if layout == "peft":
+        for part in base15.parts:
+            setattr(pipeline, part, PeftModel.from_pretrained(getattr(pipeline, part), file / part))
+    else:
+        pipeline.load_lora_weights(file)
+    assert (ours - theirs()).abs().max() <= 1e-4
+    assert (ours - plain).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
+    trained = Editor(base15).pixels(adapter, [text], "", None, [3], settings, trained=True)
+    assert (ours - trained).abs().max() > 1e-2, "and so do its weights"
 
 
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])

@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parent
 SETTINGS = replace(EDIT, strength=0.9, guidance_rescale=0.5)
 PROMPT = "zqrt ohwx a fox"
 SIZE = (48, 32)
+UNET = {"rank": 2, "targets": ("to_q", "conv1", "ff.net.2"), "weight": 0.5}
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
 def write(family: str, save: Callable[[Path], Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(str(save(Path(folder) / f"tiny-{family}")), device="cpu")
-    lora = changed(LORA, unet={"rank": 2, "targets": ("to_q", "conv1", "ff.net.2")}, text_encoder={"rank": 1})
+    lora = changed(LORA, unet=UNET, text_encoder={"rank": 1})
     adapter = replace(make_adapter(base, lora, size=SIZE), date="2026-11-23", photo_digest="0123abcd" * 4)
     start = f"v{FORMAT_VERSION}-{family}"
     first = FOLDER / f"{start}-diffusers.safetensors"
