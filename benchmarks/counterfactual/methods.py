@@ -201,9 +201,10 @@ FULL = (
     "lora.unet.learning_rate=3e-4",
     "lora.text_encoder.learning_rate=5e-5",
 )
+FULL_SCALES = (0.15, 0.05, 0.075, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6)
 METHODS: dict[str, Method] = {
     "lora": UniTune(),
-    "full": UniTune(FULL),
+    "full": UniTune(FULL, {"adapter_scale": FULL_SCALES}),
     "no-fit": NoFit(),
     "sdedit": SDEdit(),
     "flowedit": FlowEdit(),

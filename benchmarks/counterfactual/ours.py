@@ -16,9 +16,10 @@ from lora_unitune.families import Condition, default_recipe
 from lora_unitune.recipe import Recipe
 from lora_unitune.settings import EditSettings
 
-from .method import STEPS, Dials, led_by, photo_latents, sampling_grid, to_bytes
+from .method import STEPS, Dials, photo_latents, sampling_grid, to_bytes
 
-SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
+SCALES = (1.0, 0.5, 0.75, 1.5, 2.0, 2.5, 3.0, 4.0)
+"""Scales of the adapter to try, relative to the recipe's, which depends on the weight in the file."""
 
 
 @dataclass
@@ -38,7 +39,8 @@ class UniTune:
         fixed = {name: (value,) for name, value in dataclasses.asdict(edit).items() if name != "steps"}
         window = edit.guidance_start, edit.guidance_stop
         tuned = sampling_grid(edit.strength, edit.guidance, *window)
-        self.grid = fixed | {"adapter_scale": led_by(edit.adapter_scale, SCALES)} | tuned | self.grid
+        scales = tuple(round(edit.adapter_scale * scale, 3) for scale in SCALES)
+        self.grid = fixed | {"adapter_scale": scales} | tuned | self.grid
 
     def recipe(self, editor: Editor, dials: Dials) -> Recipe:
         """The recipe of the editor's base with the method's changes, at the size of all other methods."""
