@@ -16,32 +16,35 @@ BEGIN, END = "<!-- edits: written by python -m benchmarks.readme -->", "<!-- edi
 METHODS = {
     "lora": "**LoRA** (ours)",
     "full": "full fine-tuning",
+    "no-fit": "ours without a fit",
     "ledits++": "LEDITS++",
     "flowedit": "FlowEdit",
     "ddim-inversion": "DDIM inversion",
     "sdedit": "SDEdit",
     "truth-vae": "ground truth through the autoencoder",
 }
-MEASURES = {
-    "aligned %": ("aligned", 100),
-    "preserved %": ("preserved", 100),
-    "success %": ("success", 100),
-    "PSNR to the truth, dB": ("psnr_truth", 1),
+COLUMNS = {
+    "known: success %": ("known", "success", 100),
+    "known: PSNR, dB": ("known", "psnr_truth", 1),
+    "unknown: success %": ("unknown", "success", 100),
+    "unknown: same thing %": ("unknown", "same_thing", 100),
 }
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table in Markdown, of the methods that the results have."""
-    rows = [["method", *MEASURES], ["---"] * (1 + len(MEASURES))]
+    """The table in Markdown, of the methods that the results have; a list that they lack leaves empty cells."""
+    rows = [["method", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for name, title in METHODS.items():
-        if name in results["methods"]:
-            measured = results["methods"][name]["measures"]
-            rows.append([title, *(_cell(measured[key]["all"], times) for key, times in MEASURES.values())])
+        if any(name in results.get(which, {}) for which, _, _ in COLUMNS.values()):
+            rows.append([title, *(_cell(results, name, *column) for column in COLUMNS.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cell(values: list[float], times: int) -> str:
-    mean, low, high = (f"{times * value:.1f}" for value in values)
+def _cell(results: dict[str, Any], name: str, which: str, measure: str, times: int) -> str:
+    """Mean and interval of one measure on one list."""
+    if name not in results.get(which, {}):
+        return ""
+    mean, low, high = (f"{times * value:.1f}" for value in results[which][name]["measures"][measure]["all"])
     return f"{mean} ({low} to {high})"
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from lora_unitune import Adapter, Editor, Recipe, fit
-from lora_unitune.editing.start import Start
 from lora_unitune.adapter import layers
 from lora_unitune.editing.score import psnr
+from lora_unitune.editing.start import Start
 from lora_unitune.families import Base, load_base
 from lora_unitune.pocket import world
 from lora_unitune.training.fit import _trainable
@@ -185,8 +185,11 @@ def growth(steps: int, device: str) -> list[dict[str, Any]]:
         peak = Peak()
         for _ in range(2):
             started = time.perf_counter()
-            editor.pixels(adapter, [f"{adapter.rare_tokens} a fox"] * count, "",
-                          Start(adapter.size, adapter.photo_latents), list(range(count)), adapter.recipe.edit)  # fmt: skip
+            texts, start = (
+                [f"{adapter.rare_tokens} a fox"] * count,
+                Start(adapter.size, adapter.photo_latents),
+            )
+            editor.pixels(adapter, texts, "", start, list(range(count)), adapter.recipe.edit)
             seconds = time.perf_counter() - started
         rows.append({"edit": f"candidates={count}", "seconds": seconds, "peak_bytes": peak.bytes()})
         click.echo(json_line(rows[-1]), err=True)

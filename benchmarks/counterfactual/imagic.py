@@ -16,7 +16,7 @@ from lora_unitune.photo.reading import photo_to_tensor
 from lora_unitune.settings import EditSettings
 from lora_unitune.training.loop import denoising_error
 
-from .method import RESCALE, STEPS, Dials, Unfitted, conditions, framed, to_bytes
+from .method import RESCALE, STEPS, Dials, Unfitted, conditions, framed, sampling_grid, to_bytes
 
 TEXT = "encoder_hidden_states"  # of Stable Diffusion 1.x and 2.x, the only bases supported here
 
@@ -28,10 +28,9 @@ class Imagic(Unfitted):
     """
 
     grid = {
-        "mix": (0.7, 0.6, 0.8, 0.9),
-        "guidance": (4.0, 2.0, 3.0, 5.0),
-        "strength": (1.0,),
-        "unet_rate": (5e-5, 2e-5, 1e-4),
+        "mix": (0.7, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9, 1.0),
+        **sampling_grid(1.0, 4.0, 0.0, 1.0),
+        "unet_rate": (5e-5, 1e-5, 2e-5, 1e-4, 2e-4),
     }
     embedding_steps, embedding_rate, unet_steps, batch = 60, 2e-3, 40, 4
     kept = 0  # number of cached fits, set by `tune`; a run needs each fit once
@@ -86,11 +85,9 @@ class Imagic(Unfitted):
         return self._learned[key]
 
     def _sample(self, editor: Editor, mixed: Tensor, mean: Tensor, seed: int, dials: Dials) -> np.ndarray:
-        strength = dials["strength"]
-        settings = EditSettings(
-            steps=STEPS, guidance_rescale=RESCALE, guidance=dials["guidance"], strength=strength
-        )
-        start = mean if strength < 1 else None
+        chosen = {name: value for name, value in dials.items() if name not in ("mix", "unet_rate")}
+        settings = EditSettings(steps=STEPS, guidance_rescale=RESCALE, **chosen)
+        start = mean if settings.strength < 1 else None
         base, empty = editor.base, conditions(editor, [""])
         return to_bytes(base.decode(sample(base, base.size, {TEXT: mixed}, empty, start, [seed], settings)))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_unitune import Editor
+from lora_unitune.editing.start import Start
 from lora_unitune.families import Condition, joined
 from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import Photo, load_photo, photo_to_tensor
@@ -18,6 +19,20 @@ Dials = dict[str, Any]
 """Hyperparameters of a method, by name."""
 RESCALE = 0.7  # guidance rescaling of every method with guidance (arXiv 2305.08891)
 STEPS = 25
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+GUIDANCES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.5, 10.0)
+STARTS = (0.0, 0.2, 0.4, 0.6)
+STOPS = (0.6, 0.8, 1.0)
+BOUNDS = {
+    "strength": 1.0,
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
+    "skip": 0.0,
+    "edit_threshold": 0.0,
+    "edit_warmup_steps": 0,
+    "mix": 1.0,
+}
+"""Natural bounds of hyperparameters: a value beyond them means nothing."""
 
 
 class Method(Protocol):
@@ -49,6 +64,34 @@ class Unfitted:
         return None
 
 
+def led_by(default: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+    """The values with the default before all others."""
+    return tuple(dict.fromkeys((default, *values)))
+
+
+def sampling_grid(
+    strength: float | None, guidance: float, start: float, stop: float
+) -> dict[str, tuple[Any, ...]]:
+    """The search space that all sampling methods share, around their own defaults; None: no strength."""
+    grid = {
+        "guidance": led_by(guidance, GUIDANCES),
+        "guidance_start": led_by(start, STARTS),
+        "guidance_stop": led_by(stop, STOPS),
+    }
+    return grid if strength is None else {"strength": led_by(strength, STRENGTHS), **grid}
+
+
+def edges(grid: dict[str, tuple[Any, ...]], dials: Dials) -> Dials:
+    """The hyperparameters at an end of their search space that isn't a natural bound: it may be too narrow."""
+    found = {}
+    for dial, values in grid.items():
+        numbers = [value for value in values if isinstance(value, float | int) and type(value) is not bool]
+        ends = {min(numbers), max(numbers)} if len(set(numbers)) > 1 else set()
+        if dials.get(dial) in ends - {BOUNDS.get(dial)}:
+            found[dial] = dials[dial]
+    return found
+
+
 def to_bytes(pixels: Tensor) -> np.ndarray:
     """(n, 3, h, w) in [0, 1] -> (n, h, w, 3) uint8."""
     return (pixels.permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()
@@ -65,6 +108,14 @@ def framed(editor: Editor, photo: Any) -> Photo:
     return frame(load_photo(photo), editor.base.size)
 
 
+def photo_start(editor: Editor, pairs: Sequence[Any]) -> Start:
+    """The photo that the pairs share, as an edit starts from it."""
+    pixels = photo_to_tensor(framed(editor, pairs[0].image))
+    return Start(editor.base.size, editor.base.encode(pixels)[0], pixels / 2 + 0.5)
+
+
 def photo_latents(editor: Editor, pairs: Sequence[Any]) -> Tensor:
     """x0 of the photo that the pairs share, (1, c, h, w)."""
-    return editor.base.encode(photo_to_tensor(framed(editor, pairs[0].image)))[0]
+    latents = photo_start(editor, pairs).photo
+    assert latents is not None
+    return latents

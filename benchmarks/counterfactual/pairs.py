@@ -18,16 +18,10 @@ from lora_unitune.pocket.world.sprites import COLOURS, OBJECTS, UNKNOWN
 
 FIRST_SEED = {"test": 50_000, "tuning": 60_000, "test-unknown": 70_000, "tuning-unknown": 80_000}
 """First seeds of the lists of held-out scenes; no other command of this project uses these scenes."""
-SIZE_OF_KIND = {
-    "object": "large",
-    "place": "large",
-    "time": "global",
-    "look": "global",
-    "colour": "local",
-    "companion": "local",
-    "x": "layout",
-    "size": "layout",
-}
+TEST = {"known": "test", "unknown": "test-unknown"}
+TUNING = {"known": "tuning", "unknown": "tuning-unknown"}
+KINDS = ("object", "place", "time", "look", "colour", "companion", "x", "size")
+"""What an edit changes: a field of the scene."""
 EDITS_OF_PHOTO = 6
 EDITS_OF_UNKNOWN = 4
 
@@ -39,7 +33,7 @@ class Pair:
     Attributes:
         photo: Number of its photo in its list.
         before: The photo's scene.
-        kind: The field that changes, one of `SIZE_OF_KIND`.
+        kind: The field that changes, one of `KINDS`.
         truth: The edited scene, the prompt that asks for it, and the mask of pixels that differ.
     """
 

@@ -1,7 +1,8 @@
-"""Summary of a run: JSON, Markdown tables, plots and a contact sheet."""
+"""Summary of a run: JSON, Markdown tables, plots and contact sheets."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,15 @@ from PIL import Image, ImageDraw, ImageFont
 from lora_unitune.pocket.world import render
 
 from .measures import MEASURES, interval
-from .pairs import SIZE_OF_KIND, Pair
-from .run import SHOWN_PHOTOS, read, strip_name
+from .pairs import KINDS, TEST, Pair, draw_pairs
+from .run import SHOWN_PHOTOS, TUNED, complete, read, strip_name
 
 RIVAL = "sdedit"
+DIFFERENCES = {"success_minus_full": "full", "success_minus_no_fit": "no-fit"}
+TITLES = {
+    "known": "Known things: photos of objects that the base was trained on",
+    "unknown": "Unknown things: photos of objects that the base was never trained on",
+}
 COSTS = {
     "fit_seconds": "s to fit",
     "edit_seconds": "s an edit",
@@ -30,10 +36,43 @@ TIMES = ("fit_seconds", "edit_seconds", "load_seconds", "fit_peak_bytes", "peak_
 """The only fields that vary between two runs with the same seeds."""
 
 
+def write_report(folder: Path, count: int, seeds: int) -> str:
+    """Writes the summary of a run's folder, of the methods that are complete; returns the tables.
+
+    Args:
+        folder: The run's folder, with a folder for each list.
+        count: Number of pairs of each list.
+        seeds: Number of seeds.
+    """
+    results, tables = {"pairs": count, "seeds": seeds}, []
+    for which, split in TEST.items():
+        pairs, inner = draw_pairs(split, count), folder / which
+        names = complete(inner, pairs, seeds)
+        if not names:
+            continue
+        summary = summarise(inner, names, pairs, seeds)
+        results[which] = summary
+        tables.append(f"## {TITLES[which]}\n\n{table(summary)}")
+        plot(summary, _trials(which), inner)
+        contact_sheet(inner, names, pairs).save(inner / "contact-sheet.png", optimize=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "table.md").write_text("\n".join(tables))
+    return "\n".join(tables)
+
+
+def _trials(which: str) -> dict[str, list[dict[str, Any]]]:
+    """The means of every tuning trial of each method on one list."""
+    tuned = {file.stem: json.loads(file.read_text())["trials"] for file in TUNED.glob("*.json")}
+    return {name: [trial[which] for trial in trials if which in trial] for name, trials in tuned.items()}
+
+
 def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: int) -> dict[str, Any]:
-    """Every method's metrics with intervals, over all edits and by size of the edit, preferences and costs."""
-    sizes = np.array([SIZE_OF_KIND[pair.kind] for pair in pairs])
-    parts = {"all": sizes != ""} | {size: sizes == size for size in dict.fromkeys(SIZE_OF_KIND.values())}
+    """Every method's metrics with intervals, over all edits and by kind of edit, preferences and costs.
+
+    Differences of success are paired: between edits of the same pair from the same noise.
+    """
+    kinds = np.array([pair.kind for pair in pairs])
+    parts = {"all": kinds != ""} | {kind: kinds == kind for kind in KINDS}
 
     def spread(values: np.ndarray) -> dict[str, list[float | None]]:
         return {part: _rounded(interval(values[chosen])) for part, chosen in parts.items() if chosen.any()}
@@ -49,8 +88,9 @@ def summarise(folder: Path, names: Sequence[str], pairs: Sequence[Pair], seeds: 
     for name in names:
         if RIVAL in names:
             summary[name]["nearer_than_sdedit"] = spread(_preferred(values[name], values[RIVAL]))
-        if "full" in names:
-            summary[name]["success_minus_full"] = spread(values[name]["success"] - values["full"]["success"])
+        for field, other in DIFFERENCES.items():
+            if other in names:
+                summary[name][field] = spread(values[name]["success"] - values[other]["success"])
     return summary
 
 
@@ -78,27 +118,32 @@ def _middle(values: list[float]) -> dict[str, float] | None:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Three Markdown tables: metrics with intervals, the same by size of the edit, and costs."""
-    nearer = {name: {"nearer": row.get("nearer_than_sdedit", {})} for name, row in summary.items()}
-    measures = {name: row["measures"] | nearer[name] for name, row in summary.items()}
-    sizes = [size for size in next(iter(measures.values()))["success"] if size != "all"]
+    """Three Markdown tables: metrics with intervals, success by kind of edit, and costs."""
     columns = {
         "aligned %": ("aligned", 100, 1),
         "preserved %": ("preserved", 100, 1),
         "success %": ("success", 100, 1),
-        "nearer than SDEdit %": ("nearer", 100, 1),
+        "success minus no fit": ("success_minus_no_fit", 100, 1),
+        "success minus full": ("success_minus_full", 100, 1),
+        "same thing %": ("same_thing", 100, 1),
+        "nearer than SDEdit %": ("nearer_than_sdedit", 100, 1),
         "PSNR to the truth": ("psnr_truth", 1, 1),
         "PSNR outside the mask": ("psnr_outside", 1, 1),
         "SSIM outside the mask": ("ssim_outside", 1, 3),
     }
-    in_all = {name: [_cell(of[field].get("all"), times, digits) for field, times, digits in columns.values()]
-              for name, of in measures.items()}  # fmt: skip
-    by_size = {name: [_cell(of[field].get(size), 100, 1) for field in ("success", "nearer") for size in sizes]
-               for name, of in measures.items()}  # fmt: skip
+    rows = {name: row["measures"] | row for name, row in summary.items()}
+    kinds = [kind for kind in next(iter(rows.values()))["success"] if kind != "all"]
+    in_all = {
+        name: [
+            _cell(row.get(field, {}).get("all"), times, digits) for field, times, digits in columns.values()
+        ]
+        for name, row in rows.items()
+    }
+    by_kind = {name: [_cell(row["success"][kind], 100, 1) for kind in kinds] for name, row in rows.items()}
     costs = {name: [f"{row['cost'][field]['median']:,.4g}" if row["cost"][field] else "" for field in COSTS]
              for name, row in summary.items()}  # fmt: skip
-    heads = [f"{word}, {size} %" for word in ("success", "nearer") for size in sizes]
-    tables = (list(columns), in_all), (heads, by_size), (list(COSTS.values()), costs)
+    heads = [f"success, {kind} %" for kind in kinds]
+    tables = (list(columns), in_all), (heads, by_kind), (list(COSTS.values()), costs)
     return "\n\n".join(_markdown(*one) for one in tables) + "\n"
 
 
@@ -138,7 +183,7 @@ def plot(summary: dict[str, Any], trials: dict[str, list[dict[str, Any]]], folde
         axes.plot(across, [y, y], color=colour)
         axes.plot([x, x], up, color=colour)
     axes.set(xlabel="aligned (share of edits)", ylabel="preserved (share of edits)",
-             title="Large: frozen dials, 95 % intervals. Small: trials on the tuning list")  # fmt: skip
+             title="Large: frozen dials, 95 % intervals. Small: trials on the tuning photos")  # fmt: skip
     axes.legend(fontsize=8)
     figure.savefig(folder / "frontier.png", dpi=110)
     pyplot.close(figure)

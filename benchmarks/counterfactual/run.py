@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, product
@@ -23,15 +22,14 @@ from lora_unitune import Editor
 from lora_unitune.adapter.adapter import Adapter
 
 from ..memory import Peak, of_adapter
-from .imagic import Imagic
-from .measures import measure
+from ..origin import origin
 from .method import Dials, Method
 from .methods import METHODS
-from .pairs import EDITS_OF_PHOTO, draw_pairs
+from .ours import UniTune
 
-DIALS = Path(__file__).with_name("dials.json")
-"""The hyperparameters of each method as chosen by `tune` on the tuning list."""
-SHOWN_PHOTOS = 3  # number of photos whose images are saved: the first 16 pairs and two more
+TUNED = Path(__file__).with_name("tuned")
+"""Folder of what `tune` chose on the tuning lists, a file for each method."""
+SHOWN_PHOTOS = 4  # number of photos whose images are saved: at least the first 16 pairs
 Judge = Callable[[Sequence[Any], np.ndarray], list[dict[str, float]]]
 """Function from pairs and their edited images, (n, h, w, 3) uint8, to the metrics of each."""
 
@@ -45,17 +43,16 @@ def split_name(name: str, base: str = "pocket") -> tuple[Method, Dials]:
         click.BadParameter: The method is unknown.
     """
     method, _, steps = name.partition("@")
-    if method not in METHODS or (steps and not (steps.isdecimal() and method.startswith(("lora", "full")))):
+    if method not in METHODS or (steps and not (steps.isdecimal() and method in ("lora", "full"))):
         raise click.BadParameter(
             f"no method {name!r}; there are {', '.join(METHODS)}, and lora@40 for 40 steps"
         )
-    grid = METHODS[method].grid
-    dials = {
-        dial: values[0] for dial, values in grid.items() if base == "pocket" or "adapter_scale" not in grid
-    }
-    if base == "pocket" and DIALS.exists():
-        dials |= json.loads(DIALS.read_text()).get(method, {})
-    return METHODS[method], dials | ({"fit.steps": int(steps)} if steps else {})
+    chosen, file = METHODS[method], TUNED / f"{method}.json"
+    has_recipe = isinstance(chosen, UniTune) and base != "pocket"
+    dials = {} if has_recipe else {dial: values[0] for dial, values in chosen.grid.items()}
+    if base == "pocket" and file.exists():
+        dials |= json.loads(file.read_text())["dials"]
+    return chosen, dials | ({"fit.steps": int(steps)} if steps else {})
 
 
 def photos(pairs: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
@@ -110,12 +107,11 @@ def run(
     Raises:
         click.UsageError: The folder holds a run with other pairs, dials or another base.
     """
-    base = editor.base
-    done = {}
+    base, done, made = editor.base, {}, origin(editor.base.device)
     for name in names:
         dials = split_name(name, base.name)[1]
         settings = {"dials": dials, "base": base.fingerprint, "pairs": label}
-        done[name] = keep_settings(folder / f"{name}.jsonl", settings)
+        done[name] = keep_settings(folder / f"{name}.jsonl", settings, made)
     for seed, (number, group), name in product(range(seeds), photos(pairs), names):
         if done[name].get((seed, number), 0) >= len(group):
             continue
@@ -144,26 +140,47 @@ def strip_name(name: str, number: int) -> str:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """Reads a file's lines, without a last one that an interrupted run left incomplete."""
-    lines = file.read_text().split("\n")
-    if lines[-1]:
-        file.write_text("".join(f"{line}\n" for line in lines[:-1]))
-    return [json.loads(line) for line in lines[:-1]]
+    """Reads a file's lines, without a last one that isn't complete."""
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
-def keep_settings(file: Path, settings: dict[str, Any]) -> dict[tuple[int, int], int]:
+def keep_settings(file: Path, settings: dict[str, Any], made: dict[str, Any]) -> dict[tuple[int, int], int]:
     """Writes a method's settings as the first line of a new file; returns its number of pairs by seed and photo.
+
+    Args:
+        file: File of a method, without its last line if an interrupted run left that incomplete.
+        settings: Settings that all lines of the file share.
+        made: Commit, versions and device, written along with them.
 
     Raises:
         click.UsageError: The file was made with other settings.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.exists() or not _lines(file):
-        file.write_text(json.dumps(settings) + "\n")
-    first, *others = _lines(file)
+    before = file.read_text() if file.exists() else ""
+    lines = (_lines(file) if before else []) or [{**settings, "made": made}]
+    first = {name: value for name, value in lines[0].items() if name != "made"}
     if first != json.loads(json.dumps(settings)):
         raise click.UsageError(f"{file} was made with other pairs, dials or another base; give another --out")
-    return {(line["seed"], line["photo"]): len(line["rows"]) for line in others}
+    if not before.endswith("\n"):  # new, or interrupted
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return pairs_done(lines)
+
+
+def pairs_done(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, int], int]:
+    """A method's number of pairs by seed and photo."""
+    return {(line["seed"], line["photo"]): len(line["rows"]) for line in lines[1:]}
+
+
+def complete(folder: Path, pairs: Sequence[Any], seeds: int) -> list[str]:
+    """The methods whose files in a folder have all pairs and seeds, in the order of `METHODS`."""
+    wanted = {(seed, number): len(group) for seed in range(seeds) for number, group in photos(pairs)}
+    found = []
+    for file in folder.glob("*.jsonl"):
+        done = pairs_done(_lines(file))
+        if all(done.get(key, 0) >= count for key, count in wanted.items()):
+            found.append(file.stem)
+    order = list(METHODS)
+    return sorted(found, key=lambda name: (order.index(name.partition("@")[0]), len(name), name))
 
 
 def read(
@@ -178,36 +195,3 @@ def read(
         field: np.array([[row[field] for row in one] for one in rows], dtype=float).T for field in rows[0][0]
     }
     return values, [line["cost"] for one in chosen for line, _ in one], settings
-
-
-def settings_to_try(method: Method, trials: int) -> list[Dials]:
-    """The defaults, then random samples of the search space: the same number for every method."""
-    rng, chosen = random.Random(0), [{dial: values[0] for dial, values in method.grid.items()}]
-    for _ in range(100 * trials):
-        dials = {dial: rng.choice(values) for dial, values in method.grid.items()}
-        if len(chosen) < trials and dials not in chosen:
-            chosen.append(dials)
-    return chosen
-
-
-def tune(name: str, pair_count: int, trials: int, base: str, device: str) -> list[dict[str, Any]]:
-    """Random search on the tuning list; returns trials, the best first, by success and then PSNR to the truth."""
-    editor, method = Editor(base, device), METHODS[name]
-    if isinstance(method, Imagic):
-        method.kept = EDITS_OF_PHOTO * len(method.grid["unet_rate"])
-    tried = [(dials, list[dict[str, float]]()) for dials in settings_to_try(method, trials)]
-    for number, group in photos(draw_pairs("tuning", pair_count)):
-        fits = dict[str, Any]()
-        for dials, measured in tried:
-            key = json.dumps({dial: value for dial, value in dials.items() if "." in dial})
-            if key not in fits:
-                fits[key] = method.fit(editor, group[0].image, 0, dials)
-            pictures = method.edit(editor, fits[key], group, noise_seeds(number, 0, len(group)), dials)
-            measured += measure(group, pictures)
-        click.echo(f"{name}: {len(tried[0][1])} of {pair_count} pairs", err=True)
-    rows = []
-    for dials, measured in tried:
-        means = {field: float(np.nanmean([row[field] for row in measured])) for field in measured[0]}
-        rows.append({"dials": dials, **{field: round(value, 4) for field, value in means.items()}})
-    editor.release()
-    return sorted(rows, key=lambda row: (-row["success"], -row["psnr_truth"]))

@@ -9,10 +9,10 @@ import torch
 from golden.__main__ import FOLDER, PROMPT, SETTINGS
 from safetensors.torch import load_file
 
-from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.describe import describe
 from lora_unitune.editing.editor import Editor
+from lora_unitune.editing.start import Start
 
 FILES = sorted(path for path in FOLDER.glob("v*-*") if "-image" not in path.name)
 

@@ -26,9 +26,10 @@ from benchmarks.counterfactual import report
 from benchmarks.counterfactual.__main__ import main
 from benchmarks.counterfactual.imagic import trainable
 from benchmarks.counterfactual.measures import interval, measure
+from benchmarks.counterfactual.method import photo_latents
 from benchmarks.counterfactual.methods import METHODS, ddim_step
-from benchmarks.counterfactual.pairs import SIZE_OF_KIND, Pair, draw_pairs
-from benchmarks.counterfactual.run import noise_seeds, settings_to_try, split_name
+from benchmarks.counterfactual.pairs import KINDS, TEST, Pair, draw_pairs
+from benchmarks.counterfactual.run import noise_seeds, split_name
 from benchmarks.memory import of_adapter
 from lora_unitune import Editor
 from lora_unitune.families import POCKET_FOLDER
@@ -50,7 +51,7 @@ def test_a_longer_list_begins_with_the_shorter_and_the_lists_share_no_photo() ->
     pairs, tuning = draw_pairs("test", 60), draw_pairs("tuning", 60)
     assert [pair.truth.prompt for pair in draw_pairs("test", 20)] == [p.truth.prompt for p in pairs[:20]]
     assert not {repr(pair.before) for pair in pairs} & {repr(pair.before) for pair in tuning}
-    assert {pair.kind for pair in pairs} == set(SIZE_OF_KIND)
+    assert {pair.kind for pair in pairs} == set(KINDS)
     assert all(pair.truth.mask.any() and not pair.before.companion for pair in pairs)
 
 
@@ -104,14 +105,6 @@ def test_trained_weights_are_restored_bit_for_bit() -> None:
     assert not module.weight.requires_grad
 
 
-def test_every_method_is_tuned_by_the_same_number_of_trials() -> None:
-    for name, method in METHODS.items():
-        if method.grid and name != "text-to-image":  # it has fewer settings than that
-            tried = settings_to_try(method, 8)
-            assert len(tried) == 8
-            assert all(value in method.grid[dial] for dials in tried for dial, value in dials.items())
-
-
 @pytest.mark.parametrize("name", ["ddim-inversion", "ledits++", "imagic"])
 def test_a_baseline_edits_and_restores_the_base(
     name: str, editor: Editor, monkeypatch: pytest.MonkeyPatch
@@ -130,6 +123,25 @@ def test_a_baseline_edits_and_restores_the_base(
     assert all(torch.equal(weight, after[key]) for key, weight in before.items())
 
 
+def test_without_a_fit_the_sampler_is_ours(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At an adapter's scale of 0, and with its rare tokens left out, our edit is that of the plain base."""
+    adapter, pairs = make_adapter(editor.base, seed=0), draw_pairs("tuning-unknown", 2)
+    ours, dials = split_name("lora")
+    adapter = replace(adapter, rare_tokens="", photo_latents=photo_latents(editor, pairs))
+    with_adapter = ours.edit(editor, adapter, pairs, [1, 2], {**dials, "adapter_scale": 0.0})
+    method = METHODS["no-fit"]
+    chosen = {name: value for name, value in dials.items() if name != "adapter_scale"}
+    assert chosen.keys() <= method.grid.keys()
+    made = method.edit(editor, method.fit(editor, None, 0, chosen), pairs, [1, 2], chosen)
+    assert np.abs(with_adapter.astype(int) - made).max() <= 1
+    seen = []
+    monkeypatch.setattr(editor, "pixels", lambda *args: seen.append(args) or torch.zeros(2, 3, 64, 64))
+    method.edit(editor, None, pairs, [1, 2], {**chosen, "strength": 1.0})
+    adapter, texts, _, photo, _, settings = seen[0]
+    assert adapter is None and texts == [pair.prompt for pair in pairs]
+    assert photo is not None and settings.residual  # a residual needs the photo at strength 1 too
+
+
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(part) for key, part in value.items() if key not in report.TIMES}
@@ -142,27 +154,45 @@ def test_the_size_of_a_file_does_not_depend_on_its_seconds(editor: Editor) -> No
     assert len(sizes) == 1
 
 
+def ran(*words: str) -> str:
+    result = CliRunner().invoke(main, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
 def test_a_run_resumes_and_two_runs_agree(tmp_path: Path) -> None:
-    command = ["--methods", "photo,sdedit,lora@1,full@1", "--pairs", "7", "--seeds", "1"]
+    few = ["--pairs", "2", "--seeds", "1"]
     summaries = []
     for folder in ("first", "second"):
-        result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / folder)], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
+        for methods in ("photo,sdedit,lora@1", "no-fit,full@1"):  # as by two processes
+            ran("--methods", methods, *few, "--out", str(tmp_path / folder))
+        ran("report", str(tmp_path / folder), *few)
         summaries.append(json.loads((tmp_path / folder / "results.json").read_text()))
     assert without_times(summaries[0]) == without_times(summaries[1])
-    assert summaries[0]["methods"]["lora@1"]["cost"]["file_bytes"]["median"] < 300_000
-    assert summaries[0]["methods"]["sdedit"]["nearer_than_sdedit"]["all"] == [0.5, 0.5, 0.5]
-    for name in ("table.md", "frontier.png", "cost.png", "steps.png", "contact-sheet.png"):
-        assert (tmp_path / "first" / name).stat().st_size > 0
-    kept = tmp_path / "first" / "lora@1.jsonl"
+    for which in TEST:
+        summary = summaries[0][which]
+        assert list(summary) == ["lora@1", "full@1", "no-fit", "sdedit", "photo"]
+        assert summary["lora@1"]["cost"]["file_bytes"]["median"] < 300_000
+        assert summary["sdedit"]["nearer_than_sdedit"]["all"] == [0.5, 0.5, 0.5]
+        assert summary["no-fit"]["success_minus_no_fit"]["all"] == [0, 0, 0]
+        for name in ("frontier.png", "cost.png", "steps.png", "contact-sheet.png"):
+            assert (tmp_path / "first" / which / name).stat().st_size > 0
+    tables = (tmp_path / "first" / "table.md").read_text()
+    assert "success, object %" in tables and "Unknown things" in tables
+    kept = tmp_path / "first" / "known" / "lora@1.jsonl"
     whole = kept.read_text()
     kept.write_text(whole[:-20])  # as left by a run that is interrupted while writing
-    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "first")], catch_exceptions=False)
+    ran("report", str(tmp_path / "first"), *few)
+    assert kept.read_text() == whole[:-20]  # another process may be writing it
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    assert "lora@1" not in results["known"] and "lora@1" in results["unknown"]
+    command = ["--methods", "lora@1", "--list", "known", *few, "--out", str(tmp_path / "first")]
+    ran(*command)
     lines, again = ([json.loads(line) for line in text.splitlines()] for text in (whole, kept.read_text()))
     assert [line.get("rows") for line in lines] == [line.get("rows") for line in again]
     assert lines[:-1] == again[:-1]
     kept.write_text('{"dials": {}}\n')
-    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "first")])
+    result = CliRunner().invoke(main, command)
     assert result.exit_code == 2 and "give another --out" in result.output
 
 

@@ -17,10 +17,10 @@ from diffusers import (
 from PIL import Image
 from random_adapters import EDIT, LORA, changed, make_adapter, make_full_adapter
 
-from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.editing.editor import Editor
+from lora_unitune.editing.start import Start
 from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.settings import LoraSettings
@@ -159,12 +159,16 @@ def test_a_residual_adds_to_the_photo_what_the_prompt_changed(
     assert photo is not None
 
     def drawn(text: str, **changes: Any) -> torch.Tensor:
-        return editor.pixels(adapter, [text], "", Start(adapter.size, photo), [3], replace(settings, **changes))
+        return editor.pixels(
+            adapter, [text], "", Start(adapter.size, photo), [3], replace(settings, **changes)
+        )
 
     text = f"{adapter.rare_tokens} a fox"
     torch.testing.assert_close(drawn(adapter.rare_tokens), base.decode(photo))
     assert (drawn(text) - base.decode(photo)).abs().max() > 1e-3
-    together = editor.pixels(adapter, [adapter.rare_tokens, text], "", Start(adapter.size, photo), [4, 3], settings)
+    together = editor.pixels(
+        adapter, [adapter.rare_tokens, text], "", Start(adapter.size, photo), [4, 3], settings
+    )
     torch.testing.assert_close(together[1:], drawn(text))
 
     once = drawn(text, steps=2, strength=0.5, guidance=1.0)  # one step: from the noised photo to clean

@@ -21,10 +21,10 @@ from peft import PeftModel
 from PIL import Image
 from random_adapters import EDIT, make_adapter
 
-from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.editing.editor import Editor
+from lora_unitune.editing.start import Start
 from lora_unitune.families import Base, load_base
 from lora_unitune.recipe import Recipe
 from lora_unitune.training.fit import fit
@@ -90,7 +90,9 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
     path = tmp_path / "photo.safetensors"
     adapter = saved_and_loaded(make_adapter(base), path)
     settings = replace(EDIT, strength=strength, guidance_rescale=0.0)
-    ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings)
+    ours = Editor(base).pixels(
+        adapter, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings
+    )
     kind = StableDiffusionXLImg2ImgPipeline if layout == "sdxl" else StableDiffusionImg2ImgPipeline
     theirs = plain_pipeline(kind, base, folder, path)(
         "zqrt ohwx a fox",
@@ -102,7 +104,9 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
         output_type="pt",
     ).images
     assert (ours - theirs).abs().max() <= 1e-4
-    plain = Editor(base).pixels(None, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings)
+    plain = Editor(base).pixels(
+        None, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings
+    )
     assert (ours - plain).abs().max() > 1e-2
 
 

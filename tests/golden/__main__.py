@@ -17,12 +17,12 @@ from conftest import save_sd15, save_sdxl
 from random_adapters import EDIT, LORA, changed, make_adapter
 from safetensors.torch import save_file
 
-from lora_unitune.editing.start import Start
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.adapter.header import FORMAT_VERSION
 from lora_unitune.adapter.int8 import pack, unpack
 from lora_unitune.editing.editor import Editor
+from lora_unitune.editing.start import Start
 from lora_unitune.families import load_base
 
 FOLDER = Path(__file__).parent
