@@ -166,6 +166,13 @@ class EditSettings(Section):
         1,
         "Rescaling against oversaturated colors at high guidance (phi of arXiv 2305.08891, section 3.4).",
     )
+    least_change: float = _number(
+        0.0,
+        0,
+        10,
+        "So that edits land: guidance against the rare tokens rises, up to four times, until the prompt changes "
+        "some place by this much (in units of x0); 0 keeps it constant.",
+    )
     strength: float = _number(
         0.95, 0, 1, "Noise added to the photo before sampling (t0 of SDEdit, arXiv 2108.01073); 1 is pure noise.",
         above=True,

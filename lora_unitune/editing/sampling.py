@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_unitune.adapter.layers import adapters_for_last
-from lora_unitune.editing.guidance import classifier_free_guidance, rescale_guidance
+from lora_unitune.editing.guidance import boost, classifier_free_guidance, rescale_guidance, strongest_change
 from lora_unitune.families import Base, Condition, expanded, joined
 from lora_unitune.families.sampler import Sampler
 from lora_unitune.settings import EditSettings
@@ -73,7 +73,8 @@ def sample_edit(
     the base predicts. Errors in the reconstruction of the photo cancel. At strength 1 it starts from pure noise.
 
     With the setting unconditional = "rare", guidance with weight w replaces x(z + d, whole prompt) by
-    x(z + d, rare) + w (x(z + d, whole prompt) - x(z + d, rare)) (FlowAlign, arXiv 2505.23145, equation 15).
+    x(z + d, rare) + w (x(z + d, whole prompt) - x(z + d, rare)), as FlowAlign does (arXiv 2505.23145); `least_change`
+    raises w where the difference is too small, see `guidance.boost`.
 
     Args:
         base: As for `sample`.
@@ -98,7 +99,7 @@ def sample_edit(
     rare, empty = expanded(rare, count), expanded(unconditional, 2 * count)
     photo, levels = photo.expand(count, *shape), sampler.levels
     ratios = [*levels.noise_to_signal().tolist(), 0.0]
-    change = torch.zeros_like(photo)
+    change, strongest = torch.zeros_like(photo), None
     for level, (ratio, next_ratio) in enumerate(zip(ratios, ratios[1:], strict=False)):
         step = sampler.first_step[level]
         noise = _noise(shape, generators).to(base.device)
@@ -112,7 +113,8 @@ def sample_edit(
             timesteps = sampler.timesteps[step].expand(len(noisy))
             output = base.predict(noisy, timesteps, joined(*conditions))
             prompted, without, redrawn = levels.clean(output, noisy, index).chunk(3)
-            edited = _guided(without, prompted, settings)
+            strongest = strongest_change(prompted - without, strongest)
+            edited = _guided(without, prompted, settings, boost(strongest, settings.least_change))
         else:
             output = _guided_prediction(base, noisy, sampler, step, joined(*conditions), empty, settings)
             edited, redrawn = levels.clean(output, noisy, index).chunk(2)
@@ -186,9 +188,11 @@ def _is_guided(sampler: Sampler, step: int, settings: EditSettings) -> bool:
     return settings.guidance != 1 and settings.guidance_start <= sampler.shares[step] < settings.guidance_stop
 
 
-def _guided(without: Tensor, prompted: Tensor, settings: EditSettings) -> Tensor:
-    """Returns the guided prediction (b, c, h, w), rescaled."""
-    guided = classifier_free_guidance(without, prompted, settings.guidance)
+def _guided(
+    without: Tensor, prompted: Tensor, settings: EditSettings, factor: Tensor | float = 1.0
+) -> Tensor:
+    """Returns the guided prediction (b, c, h, w), rescaled; the factor multiplies the weight of each sample."""
+    guided = classifier_free_guidance(without, prompted, settings.guidance * factor)
     if settings.guidance_rescale > 0:
         guided = rescale_guidance(guided, prompted, settings.guidance_rescale)
     return guided

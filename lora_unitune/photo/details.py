@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNKNOWN = 0.54
+"""Doubt, in units of x0, that marks a region as something that the base can't draw; measured on pocket."""
 DOUBTED = 0.42
-"""Doubt, in units of x0, above which the base can't draw what it sees; measured on pocket."""
-_SOFTNESS = 0.05
+"""Doubt at the border of such a region."""
+_SOFTNESS = 0.04
 _RADIUS = 4  # pixels
 _SMOOTHING = 2e-3  # variance of a color below which a window counts as flat
 _EDGES = 3e-3  # the same for the mask
@@ -39,12 +41,18 @@ def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tenso
 def doubted_pixels(photo: Tensor, doubt: Tensor) -> Tensor:
     """Returns the part of each pixel, (1, 1, h, w) in [0, 1], that belongs to what the base can't draw.
 
-    The doubt is smoothed, thresholded and fitted to the photo's edges by a guided filter.
+    The doubt is smoothed and thresholded with hysteresis: a region above `DOUBTED` counts if it is above `UNKNOWN`
+    somewhere. A guided filter fits the result to the photo's edges.
     """
-    enlarged = F.interpolate(_box(doubt, 1), size=photo.shape[-2:], mode="bicubic", align_corners=False)
-    rough = torch.sigmoid((enlarged - DOUBTED) / _SOFTNESS)
+    smooth = _box(doubt, 1)
+    inside = (smooth > DOUBTED - 0.05).to(smooth)
+    highest = smooth * inside
+    while not torch.equal(spread := F.max_pool2d(highest, 3, 1, 1) * inside, highest):
+        highest = spread
+    smooth, highest = (_enlarged(plane, photo) for plane in (smooth, F.max_pool2d(highest, 3, 1, 1)))
+    rough = torch.sigmoid((smooth - DOUBTED) / _SOFTNESS) * torch.sigmoid((highest - UNKNOWN) / _SOFTNESS)
     matrix, offset = _local_affine(photo, rough, _RADIUS, _EDGES)
-    return (2 * (_apply(matrix, photo) + offset) - 0.5).clamp(0, 1)
+    return (2 * (_apply(matrix, photo) + offset).clamp(0, 1) - 0.5).clamp(0, 1)
 
 
 def add_detail(photo: Tensor, redraw: Tensor, edit: Tensor) -> Tensor:
@@ -94,6 +102,11 @@ def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
     return root
+
+
+def _enlarged(plane: Tensor, photo: Tensor) -> Tensor:
+    """Returns a plane, (1, 1, h', w'), at the photo's size."""
+    return F.interpolate(plane, size=photo.shape[-2:], mode="bicubic", align_corners=False)
 
 
 def _box(image: Tensor, radius: int) -> Tensor:
