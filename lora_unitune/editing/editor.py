@@ -30,6 +30,7 @@ _LARGEST_SEED = 2**63 - 1
 _CPU_BATCH_PIXELS = 2**18  # maximum number of pixels in a batch on a CPU
 
 _RECONSTRUCTION = {"guidance": 1.0, "strength": 1.0, "residual": False, "details": False}
+_BEFORE = {"residual": False, "details": False, "least_change": 0.0}  # of edits older than these settings
 
 
 class Editor:
@@ -188,11 +189,7 @@ class Editor:
         names = [field.name for field in dataclasses.fields(EditSettings)]
         if settings.get("strength") == 1 and "details" not in settings:  # releases before 0.3
             settings = {**settings, "residual": False}
-        settings = {
-            "residual": False,
-            "details": False,
-            **settings,
-        }  # edits made before these settings existed
+        settings = {**_BEFORE, **settings}
         needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
         missing = [name for name in needed if name not in settings]
         if missing:
@@ -310,7 +307,7 @@ class Editor:
         notes = [*self._cut_note("prompt", text), *self._cut_note("negative prompt", negative_prompt)]
         if negative_prompt and (settings.guidance == 1 or settings.unconditional == "rare"):
             why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
-            notes.append(f"{why}, so the negative prompt has no effect; see --unconditional")
+            notes.append(f"{why}, so the negative prompt has no effect")
         start = starting_point(self.base, adapter, photo, settings)
         size, notes = start.size, [*notes, *start.notes]
         record = {
