@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,13 @@ from lora_unitune.training.prepare import prepare
 
 KINDS = {"15": "epsilon", "21": "v_prediction", "xl": "epsilon", "flow": "flow"}
 EDIT = ("edit.steps=4", "edit.guidance=3", "edit.strength=0.8")
+FROM_NOISE: dict[str, Any] = {
+    "strength": 1.0,
+    "residual": True,
+    "unconditional": "rare",
+    "least_change": 0.4,
+    "details": True,
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -87,9 +95,15 @@ def test_every_family_works_end_to_end(base: Base, wide_photo: Image.Image, tmp_
         assert editor.edit(loaded, "a fox", seed=3).image.tobytes() == first.image.tobytes()
         residual = editor.edit(loaded, "a fox", seed=3, residual=True, unconditional="base")
         assert residual.image.tobytes() != first.image.tobytes()
+        from_noise = editor.edit(loaded, "a fox", seed=3, **FROM_NOISE)
+        given = editor.edit(loaded, "a fox", seed=3, photo=wide_photo, **FROM_NOISE)
+        assert from_noise.image.size == given.image.size == adapter.size
+        assert len({each.image.tobytes() for each in (first, residual, from_noise, given)}) == 4
         assert editor.reconstruct(loaded).image.size == adapter.size
     assert unchanged(base, before)
     with Editor(base) as fresh:
+        assert fresh.repeat(loaded, from_noise.settings).image.tobytes() == from_noise.image.tobytes()
+        assert fresh.repeat(loaded, given.settings, wide_photo).image.tobytes() == given.image.tobytes()
         assert fresh.repeat(loaded, first.settings).image.tobytes() == first.image.tobytes()
 
 

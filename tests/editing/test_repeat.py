@@ -66,6 +66,40 @@ def test_repeating_with_something_else_is_one_line(
     assert editor.repeat(adapter, edit.settings, photo_image).image.tobytes() == edit.image.tobytes()
 
 
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+def test_an_edit_of_an_older_release_repeats_as_it_was_sampled_then(
+    editor: Editor, adapter: Adapter, strength: float
+) -> None:
+    """Releases before 0.3 had neither `details` nor `least_change`, and no residual at strength 1."""
+    then = editor.edit(adapter, "a fox", seed=2, strength=strength, residual=strength < 1)
+    now = editor.edit(adapter, "a fox", seed=2, strength=strength, residual=True)
+    old = {**then.settings, "lora_unitune": "0.2.0", "residual": True}
+    del old["details"], old["least_change"]
+    assert editor.repeat(adapter, old).image.tobytes() == then.image.tobytes()
+    assert (now.image.tobytes() == then.image.tobytes()) == (strength < 1)
+    assert editor.repeat(adapter, now.settings).image.tobytes() == now.image.tobytes()
+
+
+def test_an_edit_with_restored_details_repeats(
+    editor: Editor, adapter: Adapter, photo_image: Image.Image, tmp_path: Path
+) -> None:
+    edit = editor.edit(
+        adapter,
+        "a fox",
+        photo=photo_image,
+        strength=1.0,
+        residual=True,
+        details=True,
+        unconditional="rare",
+        least_change=0.4,
+    )
+    edit.save(tmp_path / "out.png")
+    again = editor.repeat(adapter, read_settings(tmp_path / "out.png"), photo_image)
+    assert again.image.tobytes() == edit.image.tobytes()
+    with pytest.raises(SettingError, match="give that photo again"):
+        editor.repeat(adapter, edit.settings)
+
+
 def test_the_settings_hold_everything(base15: Base, editor: Editor, adapter: Adapter) -> None:
     settings = editor.edit(adapter, "a fox").settings
     assert settings["prompt"] == "a fox" and settings["rare_tokens"] == adapter.rare_tokens
