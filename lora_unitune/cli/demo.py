@@ -151,7 +151,7 @@ def _edit_example(
     edits: list[dict[str, Any]] = []
     for number, prompt in enumerate(example.edits, start=1):
         show(f"editing {label}", number, total)
-        edit = editor.edit(adapter, prompt, seed=seed)
+        edit = editor.edit(adapter, prompt, photo=example.photo, seed=seed)
         edits.append(_save_edit(edit, prompt, folder, f"{example.name}-edit-{number}.png"))
         pictures.append((edit.image, prompt))
     show(f"editing {label}", total, total)
