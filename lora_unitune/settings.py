@@ -170,8 +170,8 @@ class EditSettings(Section):
         0.0,
         0,
         10,
-        "So that edits land: guidance against the rare tokens rises, up to four times, until the prompt changes "
-        "some place by this much (in units of x0); 0 keeps it constant.",
+        "With a residual and guidance against the rare tokens: guidance rises, up to four times, until the prompt "
+        "changes some place by this much (in units of x0); 0 keeps it constant.",
     )
     strength: float = _number(
         0.95, 0, 1, "Noise added to the photo before sampling (t0 of SDEdit, arXiv 2108.01073); 1 is pure noise.",
@@ -186,12 +186,13 @@ class EditSettings(Section):
         "or the rare tokens alone (arXiv 2505.23145), so that only the edit's words are amplified.",
     )
     residual: bool = _value(
-        False, "Add to the photo only what the prompt changes (FlowEdit, arXiv 2412.08629)."
+        False,
+        "Add to the photo only what the prompt changes, at every strength (FlowEdit, arXiv 2412.08629).",
     )
     details: bool = _value(
         False,
         "Restore the photo's own pixels, in the edit's light, where the base can't draw them, and its fine detail "
-        "where the edit keeps its structure.",
+        "where the edit keeps its structure; best from the photo itself, since an adapter holds only its latents.",
     )
 
 

@@ -207,7 +207,7 @@ def edit_command(
 
     \b
     Examples:
-      lora-unitune edit photo.safetensors "a fox at night" -o out.png
+      lora-unitune edit photo.safetensors "a fox at night" -o out.png --photo photo.jpg
       lora-unitune edit photo.safetensors "a fox at night" -o out.png -n 4 --guidance 4
       lora-unitune edit photo.safetensors "a pencil sketch" -o out.png --strength 0.8
     """
