@@ -1,7 +1,8 @@
-"""Pocket: plain diffusers loads it, and a fit and an edit work end to end."""
+"""Pocket: plain diffusers loads it, a fit and an edit work end to end, and it knows what it can't draw."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from conftest import weights_of
 from diffusers import StableDiffusionPipeline
 
 from lora_unitune import Adapter, Editor, fit
+from lora_unitune.editing.sampling import doubt
 from lora_unitune.editing.score import psnr
+from lora_unitune.editing.start import starting_point
 from lora_unitune.families import POCKET_FOLDER
+from lora_unitune.photo.details import doubted_pixels
 from lora_unitune.pocket import world
 from lora_unitune.pocket.pretraining.assembly import rare_words
 from lora_unitune.recipe import EditSettings
@@ -83,6 +87,27 @@ def test_plain_diffusers_samples_the_same(editor: Editor, adapter: Adapter, file
     settings = EditSettings(steps=6, guidance=5.0, guidance_rescale=0.7, strength=1.0)
     ours = editor.pixels(adapter, [text], "", None, [7], settings)[0].permute(1, 2, 0).numpy()
     assert np.abs(drawn - ours).max() <= 1e-4
+
+
+@pytest.mark.parametrize("thing", ["owl", "snail"])
+def test_an_object_that_pocket_never_saw_keeps_its_own_pixels(editor: Editor, thing: str) -> None:
+    scene = replace(world.draw_scene(SCENE, "held-out"), object=thing, colour="", companion="")
+    photo, inside = world.render(scene), world.object_mask(scene)
+    settings = EditSettings(steps=6, guidance=2.0, strength=1.0, residual=True, details=True)
+    start = starting_point(editor.base, None, photo, settings)
+    assert start.photo is not None and start.pixels is not None
+    with torch.no_grad():
+        doubted = doubt(editor.base, start.size, start.photo, editor.base.condition(""))
+    restored = doubted_pixels(start.pixels, doubted)[0, 0].numpy()
+    assert restored[inside].mean() > 0.5 and restored[~inside].mean() < 0.1
+
+    def error(details: bool) -> float:
+        """How far the object in an unedited redraw is from the photo's."""
+        chosen = replace(settings, details=details)
+        image = editor.pixels(None, [""], "", start, [2], chosen)
+        return float((image - start.pixels)[0].abs().mean(0).numpy()[inside].mean())
+
+    assert error(details=True) < 0.5 * error(details=False)
 
 
 def test_rare_tokens_are_not_words_of_a_caption(editor: Editor) -> None:
