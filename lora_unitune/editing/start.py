@@ -68,7 +68,8 @@ def starting_point(
     if adapter is not None and adapter.photo_latents is not None:
         return Start(size, checked_photo(adapter, base), origin="adapter")
     if settings.strength == 1:
-        return Start(size)
+        lacks = "the adapter doesn't hold its photo, so this is sampled from noise alone; give the photo too"
+        return Start(size, notes=(lacks,) if adapter else ())
     raise SettingError(
         f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
         "pass photo=PATH, or strength=1"

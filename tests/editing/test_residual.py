@@ -131,6 +131,9 @@ def test_without_a_photo_details_are_ignored(editor: Editor, adapter: Adapter) -
             editor.edit(bare, "a fox", strength=1.0, details=details, **settings) for details in (True, False)
         ]
         assert both[0].image.tobytes() == both[1].image.tobytes()
+        notes = {note for edit in both for note in edit.notes}
+        assert len(notes) == settings["residual"], "a residual needs the photo"
+        assert all("doesn't hold its photo" in note for note in notes)
     assert editor.edit(None, "a fox", steps=1, details=True).settings["photo"] is None
 
 
