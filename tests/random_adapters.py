@@ -40,6 +40,17 @@ def changed(lora: Lora, **parts: dict[str, Any]) -> dict[str, LoraSettings]:
     return {**lora, **{part: replace(lora[part], **values) for part, values in parts.items()}}
 
 
+EVERYTHING = changed(
+    LORA,
+    unet={
+        "targets": ("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in")
+    },
+    text_encoder={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")},
+    text_encoder_2={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc2")},
+)
+"""Settings with adapters on every kind of layer."""
+
+
 @functools.cache
 def adapter_shapes(base: Base, settings: tuple[tuple[str, LoraSettings], ...]) -> dict[str, torch.Size]:
     """Returns the shapes of an adapter's tensors, found by attaching one, once."""

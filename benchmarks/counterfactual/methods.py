@@ -65,7 +65,7 @@ class TextToImage(SDEdit):
 
 
 class FlowEdit(SDEdit):
-    """The base without a fit, with edits by FlowEdit (arXiv 2412.08629): an ablation of the fit.
+    """The base without a fit, with edits by FlowEdit (arXiv 2412.08629).
 
     As no method here gets a caption of the photo, its source prompt is empty.
     """

@@ -211,7 +211,11 @@ class Adapter:
         """Returns what `Mount.use` takes for a multiple of the trained strength: each part's weight is undone."""
         if self.recipe.fit.method == "full":
             return scale
-        return {part: scale / settings.weight for part, settings in self.recipe.lora.items()}
+        return {part: scale * undone for part, undone in self.undone_weights().items()}
+
+    def undone_weights(self) -> dict[str, float]:
+        """Returns the factor from each part's strength in the file to the trained one."""
+        return {part: 1 / settings.weight for part, settings in self.recipe.lora.items()}
 
     def header(self) -> str:
         """Returns the content of the file's "lora_unitune" entry, as JSON."""

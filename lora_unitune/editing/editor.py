@@ -258,8 +258,9 @@ class Editor:
         self._mount.use(adapter, adapter.trained_scale(scale) if adapter and trained else scale)
         once: dict[str, Condition] = {text: self.base.condition(text) for text in dict.fromkeys(texts)}
         conditional = joined(*(once[text] for text in texts))
-        rare = self.base.condition(adapter.rare_tokens if adapter else "")
-        if settings.unconditional == "rare":
+        needs_rare = settings.residual or settings.unconditional == "rare"
+        rare = self.base.condition(adapter.rare_tokens if adapter else "") if needs_rare else None
+        if settings.unconditional == "rare" and rare is not None:
             empty = rare
         else:
             is_base = settings.unconditional == "base"

@@ -1,4 +1,4 @@
-"""Sampling of x0, from noise or from the noised photo."""
+"""Sampling of x0, from noise or from the noised photo, and how wrong the base is about a photo."""
 
 from __future__ import annotations
 

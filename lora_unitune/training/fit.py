@@ -85,8 +85,7 @@ def fit(
         prepared = prepare(framed, settings, loaded)
         with _trainable(loaded, settings, generator):
             if start is not None:
-                undone = {part: 1 / each.weight for part, each in start.recipe.lora.items()}
-                trained = layers.multiplied(start.tensors, undone)
+                trained = layers.multiplied(start.tensors, start.undone_weights())
                 layers.load_in_place(layers.slots(loaded), trained, settings.lora)
             history = train(prepared, loaded, settings, generator, on_step, on_note)
             tensors = _result(loaded, settings)

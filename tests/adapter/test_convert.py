@@ -14,7 +14,7 @@ from command_line import QUICK, refused, run
 from conftest import metadata_of
 from diffusers import DiffusionPipeline
 from peft import PeftModel
-from random_adapters import EDIT, LORA, changed, make_adapter
+from random_adapters import EDIT, EVERYTHING, LORA, changed, make_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_unitune.adapter.adapter import Adapter
@@ -26,15 +26,6 @@ from lora_unitune.errors import AdapterFileError, PromptError, SettingError
 from lora_unitune.families import POCKET_FOLDER, Base
 from lora_unitune.settings import FitSettings
 from lora_unitune.training.fit import fit
-
-EVERYTHING = changed(
-    LORA,
-    unet={
-        "targets": ("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in")
-    },
-    text_encoder={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")},
-    text_encoder_2={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc2")},
-)
 
 
 def with_low_ranks(adapter: Adapter) -> Adapter:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from conftest import XL_UNET, metadata_of
 from diffusers import UNet2DConditionModel
-from random_adapters import LORA, changed, make_adapter
+from random_adapters import EVERYTHING, make_adapter
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -17,15 +17,6 @@ from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.adapter.describe import describe
 from lora_unitune.families import FAMILIES, Base
-
-EVERYTHING = changed(
-    LORA,
-    unet={
-        "targets": ("to_q", "to_out.0", "conv1", "conv_shortcut", "ff.net.0.proj", "time_emb_proj", "proj_in")
-    },
-    text_encoder={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")},
-    text_encoder_2={"targets": ("q_proj", "k_proj", "v_proj", "out_proj", "fc2")},
-)
 
 
 def kohya_names(models: dict[str, torch.nn.Module], family: str) -> set[str]:

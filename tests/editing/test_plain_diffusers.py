@@ -27,6 +27,7 @@ from lora_unitune.editing.editor import Editor
 from lora_unitune.editing.start import Start
 from lora_unitune.families import Base, load_base
 from lora_unitune.recipe import Recipe
+from lora_unitune.settings import EditSettings
 from lora_unitune.training.fit import fit
 
 # Agreement with plain diffusers
@@ -81,6 +82,19 @@ def test_a_plain_pipeline_gives_the_same_image(
     assert (plain - theirs).abs().max() > 1e-2, "the adapter has to matter for this test to mean anything"
 
 
+def sampled(pipeline: Any, settings: EditSettings, **others: Any) -> torch.Tensor:
+    """Returns what a pipeline samples with an edit's steps and guidance and the noise of seed 3."""
+    images: torch.Tensor = pipeline(
+        "zqrt ohwx a fox",
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        **others,
+    ).images
+    return images
+
+
 @pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
 @pytest.mark.parametrize("strength", [0.95, 0.5])
 def test_a_plain_image_to_image_pipeline_gives_the_same_image(
@@ -94,15 +108,8 @@ def test_a_plain_image_to_image_pipeline_gives_the_same_image(
         adapter, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings
     )
     kind = StableDiffusionXLImg2ImgPipeline if layout == "sdxl" else StableDiffusionImg2ImgPipeline
-    theirs = plain_pipeline(kind, base, folder, path)(
-        "zqrt ohwx a fox",
-        image=adapter.photo_latents,
-        strength=strength,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-    ).images
+    pipeline = plain_pipeline(kind, base, folder, path)
+    theirs = sampled(pipeline, settings, image=adapter.photo_latents, strength=strength)
     assert (ours - theirs).abs().max() <= 1e-4
     plain = Editor(base).pixels(
         None, ["zqrt ohwx a fox"], "", Start(adapter.size, adapter.photo_latents), [3], settings
@@ -169,12 +176,5 @@ def test_other_samplers_agree_too(tiny_sd15: Path, tmp_path: Path, kind: Any, st
     ours = Editor(base).pixels(adapter, ["zqrt ohwx a fox"], "", Start(adapter.size, start), [3], settings)
     image_to_image = {"image": start, "strength": strength} if strength < 1 else {}
     plain = StableDiffusionImg2ImgPipeline if strength < 1 else StableDiffusionPipeline
-    theirs = plain_pipeline(plain, base, tmp_path / "base", path)(
-        "zqrt ohwx a fox",
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-        **image_to_image,
-    ).images
+    theirs = sampled(plain_pipeline(plain, base, tmp_path / "base", path), settings, **image_to_image)
     assert (ours - theirs).abs().max() <= 1e-4
