@@ -11,10 +11,11 @@ from lora_unitune import Editor, fit
 from lora_unitune.families import default_recipe
 from lora_unitune.recipe import Recipe
 
-from .method import STEPS, Dials, photo_start, sampling_grid, to_bytes
+from .method import Dials, led_by, photo_start, sampling_grid, to_bytes
 
 SCALES = (1.0, 0.5, 0.75, 1.5, 2.0, 2.5, 3.0, 4.0)
 """Scales of the adapter to try, relative to the recipe's, which depends on the weight in the file."""
+LEAST_CHANGES = (0.0, 0.4, 0.55, 0.7, 1.0, 1.4)
 
 
 @dataclass
@@ -31,10 +32,11 @@ class UniTune:
 
     def __post_init__(self) -> None:
         edit = Recipe.load("pocket/default").edit
-        fixed = {name: (value,) for name, value in dataclasses.asdict(edit).items() if name != "steps"}
+        fixed = {name: (value,) for name, value in dataclasses.asdict(edit).items()}
         window = edit.guidance_start, edit.guidance_stop
         tuned = sampling_grid(edit.strength, edit.guidance, *window)
         scales = tuple(round(edit.adapter_scale * scale, 3) for scale in SCALES)
+        tuned["least_change"] = led_by(edit.least_change, LEAST_CHANGES)
         self.grid = fixed | {"adapter_scale": scales} | tuned | self.grid
 
     def recipe(self, editor: Editor, dials: Dials) -> Recipe:
@@ -52,7 +54,7 @@ class UniTune:
     ) -> Any:
         recipe = fitted.recipe if fitted else self.recipe(editor, dials)
         chosen = {name: value for name, value in dials.items() if "." not in name}
-        settings = dataclasses.replace(recipe.edit, steps=STEPS, **chosen)
+        settings = dataclasses.replace(recipe.edit, **chosen)
         texts = [f"{fitted.rare_tokens} {pair.prompt}" if fitted else pair.prompt for pair in pairs]
         return to_bytes(editor.pixels(fitted, texts, "", photo_start(editor, pairs), seeds, settings))
 

@@ -23,7 +23,7 @@ def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, weight:
 
 
 def strongest_change(difference: Tensor, before: Tensor | None) -> Tensor:
-    """Returns how much a prompt changes the place that it changes most, averaged over the steps so far.
+    """Returns how much a prompt changes the place that it changes most, at the strongest step so far.
 
     Args:
         difference: Clean image predicted for the whole prompt minus that for the rare tokens alone, (b, c, h, w).
@@ -34,14 +34,15 @@ def strongest_change(difference: Tensor, before: Tensor | None) -> Tensor:
     """
     mean = torch.nn.functional.avg_pool2d(difference.abs().mean(1, keepdim=True), 3, stride=1)
     strongest = mean.amax((1, 2, 3), keepdim=True)
-    return strongest if before is None else (before + strongest) / 2
+    return strongest if before is None else torch.maximum(before, strongest)
 
 
 def boost(strongest: Tensor, least: float) -> Tensor:
     """Returns the factor of guidance, 1 to `LARGEST_BOOST`, that makes an edit land.
 
     Where the fit is strong, a prompt can differ so little from the rare tokens alone that the edit does nothing.
-    On pocket's tuning pairs all edits that did nothing had a strongest change below 0.35, and most others had more.
+    On pocket's tuning pairs most edits that landed changed some place by more than 0.5 at some step and little later,
+    and most that did nothing stayed below 0.5 at every step.
 
     Args:
         strongest: The result of `strongest_change`, (b, 1, 1, 1).

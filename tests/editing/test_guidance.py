@@ -46,13 +46,13 @@ def test_rescaling_fully_gives_each_image_the_deviation_of_its_own_conditional_p
     assert torch.equal(rescale_guidance(guided, conditional, 0.0), guided)
 
 
-def test_the_strongest_change_is_that_of_the_most_changed_place_averaged_over_the_steps() -> None:
+def test_the_strongest_change_is_that_of_the_most_changed_place_at_the_strongest_step() -> None:
     difference = torch.zeros(2, 4, 8, 8)
     difference[0, :, 2:5, 3:6] = -0.6
     first = strongest_change(difference, None)
     torch.testing.assert_close(first, torch.tensor([0.6, 0.0]).reshape(2, 1, 1, 1))
     second = strongest_change(difference.flip(0), first)
-    torch.testing.assert_close(second, torch.tensor([0.3, 0.3]).reshape(2, 1, 1, 1))
+    torch.testing.assert_close(second, torch.tensor([0.6, 0.6]).reshape(2, 1, 1, 1))
 
 
 def test_the_boost_reaches_the_least_change_and_is_at_most_4() -> None:
