@@ -21,6 +21,9 @@ class StableDiffusionXLBase(StableDiffusionBase):
     """
 
     family = FAMILIES["sdxl"]
+    _size_embeddings = True
+    _corrected = staticmethod(lambda scheduler: scheduler)  # its pipeline corrects nothing
+    _side = staticmethod(lambda config: config["sample_size"])
 
     def __init__(
         self,
