@@ -6,6 +6,7 @@ another input, another guidance or another process.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -29,9 +30,6 @@ _OTHER_INPUTS = {
     "encoder_hid_dim": "a model with another encoder of prompts",
 }
 """Fields of a UNet's configuration that ask for inputs besides latents, timestep and prompt -> the kind of model."""
-
-_OTHER_SCHEDULERS = {"EDM": "an EDM model", "Flow": "a flow-matching model"}
-"""Part of a scheduler's name -> the kind of model it is for."""
 
 
 def check_configuration(
@@ -95,18 +93,18 @@ def corrected(scheduler: Any) -> Any:
     return type(scheduler).from_config(config, **changes) if changes else scheduler
 
 
-def corrected_size(unet: Any) -> int:
-    """Returns the side of a UNet's latents; StableDiffusionPipeline takes small ones of old files for an error."""
-    from packaging.version import InvalidVersion, parse
+def side_of(unet: Any, corrects: bool) -> int:
+    """Returns the side of a UNet's latents.
 
-    side = unet["sample_size"]
+    Args:
+        unet: The UNet's configuration.
+        corrects: Whether sides below 64 in very old files are an error for 64, as StableDiffusionPipeline says.
+    """
+    side: Any = unet["sample_size"]
     if not isinstance(side, int):
-        return min(side)  # type: ignore[no-any-return]
-    try:
-        version = parse(parse(str(unet.get("_diffusers_version"))).base_version)
-        return 64 if side < 64 and version < parse("0.9.0.dev0") else side
-    except InvalidVersion:
-        return side
+        return int(min(side))
+    version = re.match(r"0\.(\d+)\.", str(unet.get("_diffusers_version")))
+    return 64 if corrects and side < 64 and version and int(version[1]) < 9 else side
 
 
 def check_scheduler(name: str, scheduler: Any) -> None:
@@ -120,21 +118,22 @@ def check_scheduler(name: str, scheduler: Any) -> None:
         BaseModelError: It belongs to another process, such as EDM or flow matching.
     """
     kind, config = type(scheduler).__name__, scheduler.config
-    reason = ""
+    reason, flows = "", "flow" in str(config.get("prediction_type")) or bool(config.get("use_flow_sigmas"))
     levels, prediction = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type")
     if not isinstance(levels, torch.Tensor) or levels.shape != (config.get("num_train_timesteps"),):
         reason = "it has no noise levels alphas_cumprod"
-    elif prediction not in get_args(Prediction) or prediction == "flow" or config.get("use_flow_sigmas"):
-        reason = f"it predicts {'flow' if config.get('use_flow_sigmas') else prediction!r}"
+    elif flows or prediction not in get_args(Prediction):
+        reason = f"it predicts {'the flow' if flows else prediction!r}"
     else:
         try:
             reason = _trial(type(scheduler).from_config(config), len(levels))
         except Exception as error:  # schedulers of other processes ask for other arguments
             reason = one_line(error, 100)
     if reason:
-        model = next(
-            (model for sign, model in _OTHER_SCHEDULERS.items() if sign in kind), "another kind of model"
-        )
+        if flows or "Flow" in kind:
+            model = "a flow-matching model"
+        else:
+            model = "an EDM model" if "EDM" in kind else "another kind of model"
         raise BaseModelError(
             f"base '{name}' is {model}: its scheduler is {kind} ({reason}); use a base with a scheduler of "
             "Stable Diffusion, such as DDIM, Euler or DPMSolverMultistep"

@@ -16,7 +16,7 @@ from lora_unitune.families.configuration import (
     check_configuration,
     check_scheduler,
     corrected,
-    corrected_size,
+    side_of,
 )
 from lora_unitune.families.loading import fingerprint_of, load_components, public_name, quiet
 from lora_unitune.families.quantize import place
@@ -52,14 +52,13 @@ _WHOLE_WORD = re.compile(r"(.+)</w>")
 class StableDiffusionBase:
     """A Stable Diffusion 1.x or 2.x base in memory; see `families.Base` for what each member means.
 
-    x0 is the VAE's latents, normalized and times the scaling factor. The VAE stays in float32 whatever `dtype` is: it is small,
-    and half precision can overflow in it.
+    x0 is the VAE's latents, normalized and times the scaling factor. The VAE stays in float32 whatever `dtype` is:
+    it is small, and half precision can overflow in it.
     """
 
     family = FAMILIES["sd"]
     _size_embeddings = False
-    _corrected = staticmethod(corrected)
-    _side = staticmethod(corrected_size)
+    _corrects_old_files = True  # as its pipeline does
 
     def __init__(
         self,
@@ -101,14 +100,14 @@ class StableDiffusionBase:
             part: place(module, device, dtype, quantize)
             for part, module in {"unet": unet, **text_encoders}.items()
         }
-        self._scheduler = self._corrected(scheduler)
+        self._scheduler = corrected(scheduler) if self._corrects_old_files else scheduler
         self._schedule = NoiseSchedule.diffusion(
             self._scheduler.alphas_cumprod, self._scheduler.config["prediction_type"]
         )
         self._channels: int = unet.config["in_channels"]
         self._factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self._scale, self._shift = _normalizer(vae.config, device)
-        side = self._side(unet.config)
+        side = side_of(unet.config, self._corrects_old_files)
         self.size: Size = (side * self._factor, side * self._factor)
         self.size_step: int = self._factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
 
@@ -199,17 +198,19 @@ class StableDiffusionBase:
         return self._schedule
 
     def sampler(self, steps: int, size: Size | None = None, skip: int = 0) -> Sampler:
-        """Returns a new sampler of the class and with the settings of the base's scheduler.
+        """Returns a new sampler of the class and with the settings of the base's scheduler."""
+        return Sampler(self.make_scheduler(skip), self._schedule, steps, skip, self.device)
 
-        PNDM can't start from a noised photo: then it is DDIM on the same noise levels.
+    def make_scheduler(self, skip: int = 0) -> Any:
+        """Returns a new scheduler of diffusers, of the class and with the settings of the base's.
+
+        PNDM can't skip steps, to start from a noised photo: then it is DDIM on the same noise levels.
+
+        Args:
+            skip: Number of first steps to skip.
         """
-        scheduler = self.make_scheduler()
-        if skip and isinstance(scheduler, PNDMScheduler):
-            scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-        return Sampler(scheduler, self._schedule, steps, skip, self.device)
-
-    def make_scheduler(self) -> Any:
-        """Returns a new scheduler of diffusers, of the class and with the settings of the base's."""
+        if skip and isinstance(self._scheduler, PNDMScheduler):
+            return DDIMScheduler.from_config(self._scheduler.config, clip_sample=False)
         return type(self._scheduler).from_config(self._scheduler.config)
 
 

@@ -22,8 +22,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
 
     family = FAMILIES["sdxl"]
     _size_embeddings = True
-    _corrected = staticmethod(lambda scheduler: scheduler)  # its pipeline corrects nothing
-    _side = staticmethod(lambda config: config["sample_size"])
+    _corrects_old_files = False
 
     def __init__(
         self,
