@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lora_unitune.errors import SettingError as SettingError
     from lora_unitune.errors import UnituneError as UnituneError
     from lora_unitune.families import load_base as load_base
+    from lora_unitune.families.location import locate_base as locate_base
     from lora_unitune.recipe import Recipe as Recipe
     from lora_unitune.training.fit import fit as fit
 
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "describe": "adapter.describe",
     "fit": "training.fit",
     "load_base": "families",
+    "locate_base": "families.location",
     "read_settings": "editing.record",
 }
 """Module that defines each public name."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_unitune.errors import RecipeError
-from lora_unitune.families import FAMILIES, Condition, Family, Size
+from lora_unitune.families import FAMILIES, BaseFiles, Condition, Family, Size
 from lora_unitune.families.names import LayerNames
 from lora_unitune.families.sampler import Sampler
 from lora_unitune.families.schedule import NoiseSchedule
@@ -160,12 +160,12 @@ class TinyFlowBase:
         return Sampler(scheduler, self.schedule(size), steps, skip, self.device)
 
 
-def load(name: str, location: str, device: torch.device, dtype: Any, quantize: str) -> TinyFlowBase:
+def load(files: BaseFiles, device: torch.device, dtype: Any, quantize: str) -> TinyFlowBase:
     """Loads a folder that `save_flow` wrote."""
     modules = {"transformer": Transformer(), "reader": Reader()}
     for part, module in modules.items():
-        module.load_state_dict(load_file(Path(location) / f"{part}.safetensors"))
-    return TinyFlowBase(Path(name).name, modules["transformer"], modules["reader"], device)
+        module.load_state_dict(load_file(files.folder / f"{part}.safetensors"))
+    return TinyFlowBase(Path(files.name).name, modules["transformer"], modules["reader"], device)
 
 
 def save_flow(folder: Path) -> Path:

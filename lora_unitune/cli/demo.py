@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import lora_unitune
 from lora_unitune import Adapter, Edit, Editor, OutputError, Recipe, UnituneError, fit
 from lora_unitune.cli.terminal import bytes_text, uninterrupted, writing
-from lora_unitune.families import default_recipe
-from lora_unitune.families.loading import detect_family
+from lora_unitune.families import BaseFiles, default_recipe
+from lora_unitune.families.location import locate_base
 from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import load_photo
 
@@ -71,7 +71,7 @@ def read_examples(folder: Path = EXAMPLES) -> list[Example]:
 def run_demo(
     folder: str | Path = "unitune-demo",
     *,
-    base: str = "pocket",
+    base: str | BaseFiles = "pocket",
     overrides: Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
@@ -83,7 +83,7 @@ def run_demo(
 
     Args:
         folder: Output folder of the adapter files, the images, contact-sheet.png and summary.json.
-        base: "pocket", a folder or a hub id.
+        base: "pocket", a folder, a .safetensors file, a hub id, or what `locate_base` found.
         overrides: Changes of the base's default recipe, such as "fit.steps=50".
         seed: Seed of the fits and of every image.
         device: "auto", "cpu", "cuda" or "mps".
@@ -97,17 +97,18 @@ def run_demo(
     Raises:
         UnituneError: An argument is invalid, or the folder can't be written; then nothing is written.
     """
-    recipe = default_recipe(base, detect_family(base)).override(overrides)
+    files = locate_base(base) if isinstance(base, str) else base
+    recipe = default_recipe(files.name, files.family).override(overrides)
     show = on_progress or (lambda stage, done, total: None)
     started = time.perf_counter()
     with _finished_folder(Path(folder), overwrite) as unfinished:
         rows, fitted = [], []
         chosen = read_examples(examples)
         show("loading the base", 0, 1)
-        editor = Editor(base, device=device)
+        editor = Editor(files, device=device)
         for number, example in enumerate(chosen, start=1):
             label = f"{example.name} ({number} of {len(chosen)})"
-            adapter = _fit_example(example, base, recipe, seed, device, label, show)
+            adapter = _fit_example(example, files, recipe, seed, device, label, show)
             adapter.save(unfinished / f"{example.name}.safetensors")
             row, entry = _edit_example(example, editor, adapter, seed, unfinished, label, show)
             rows.append(row)
@@ -127,7 +128,7 @@ def run_demo(
 
 
 def _fit_example(
-    example: Example, base: str, recipe: Recipe, seed: int, device: str, label: str, show: OnProgress
+    example: Example, base: BaseFiles, recipe: Recipe, seed: int, device: str, label: str, show: OnProgress
 ) -> Adapter:
     """Fits one example, and reports each step."""
 

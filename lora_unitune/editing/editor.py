@@ -22,7 +22,7 @@ from lora_unitune.editing.record import Edit
 from lora_unitune.editing.sampling import doubt, sample_edit
 from lora_unitune.editing.start import Source, Start, starting_point
 from lora_unitune.errors import DeviceError, PromptError, RecipeError, SettingError
-from lora_unitune.families import Base, Condition, joined, load_base
+from lora_unitune.families import Base, BaseFiles, Condition, joined, load_base
 from lora_unitune.photo.details import restore
 from lora_unitune.settings import EditSettings, make_section
 
@@ -40,11 +40,13 @@ class Editor:
     or leaving the `with` block of `with Editor(...) as editor`, restores it bit for bit.
     """
 
-    def __init__(self, base: str | Base = "pocket", device: str = "auto", cache: int = 2**28) -> None:
+    def __init__(
+        self, base: str | BaseFiles | Base = "pocket", device: str = "auto", cache: int = 2**28
+    ) -> None:
         """Loads the base, unless it is passed in memory.
 
         Args:
-            base: "pocket", a folder, a hub id, or a base in memory.
+            base: "pocket", a folder, a .safetensors file, a hub id, what `locate_base` found, or a base in memory.
             device: Device of a base that is loaded by name: "auto", "cpu", "cuda" or "mps".
             cache: Bytes of adapters that `open` may cache in memory.
 
@@ -53,7 +55,7 @@ class Editor:
             DeviceError: The device isn't available.
         """
         self.open = AdapterCache(cache).open
-        self.base: Base = load_base(base, device) if isinstance(base, str) else base
+        self.base: Base = load_base(base, device) if isinstance(base, (str, BaseFiles)) else base
         self._mount = Mount(self.base)
         self._doubted: tuple[Tensor, Tensor] | None = None
 

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lora_unitune.errors import RecipeError
 from lora_unitune.families.names import SD_NAMES, SDXL_NAMES, LayerNames
@@ -41,8 +41,8 @@ class Family:
     Attributes:
         name: Name in files, such as "sd".
         title: Name in messages and documentation.
-        pipelines: Names of its pipeline classes in diffusers, as in model_index.json.
-        module: Module with `load(name, location, device, dtype, quantize) -> Base`.
+        pipelines: Names of its pipeline classes in diffusers, as in model_index.json, the main one first.
+        module: Module with `load(files, device, dtype, quantize) -> Base`.
         denoiser: Name of the denoising part; the other parts encode the prompt.
         parts: Parts that a fit can adapt, with their default settings.
         recipe: Name of the bundled recipe for bases of this family.
@@ -99,6 +99,46 @@ class Family:
         return signed or self.names.kind_of(shapes) is not None
 
 
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base's files, as `location.locate_base` finds them.
+
+    Attributes:
+        name: "pocket", a hub id, or the path of a folder or a file, as the user specified it.
+        folder: Folder with model_index.json and the configurations; without `weights`, also the models.
+        index: Content of model_index.json.
+        family: Its family.
+        weights: Single file of the models; None means those in `folder`.
+        vae: File or folder of another VAE; None means the base's own.
+        scheduler: Changes of the scheduler's settings.
+    """
+
+    name: str
+    folder: Path
+    index: Mapping[str, Any]
+    family: Family
+    weights: Path | None = None
+    vae: Path | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+
+LOCATION_OPTIONS = {
+    "vae": ("FILE|FOLDER", "Another VAE for the base."),
+    "prediction": (
+        "epsilon|v_prediction",
+        "What the base predicts, if it is a single file that doesn't say so.",
+    ),
+}
+"""Arguments of `location.locate_base` besides the name -> how a value is written, and what it means."""
+
+
+def _pipelines(name: str) -> tuple[str, ...]:
+    """Returns the names of the pipeline classes that hold the same models, all called as a kind of `name`."""
+    tasks = ("", "Img2Img", "Inpaint")
+    kinds = ("", "PAG", "ControlNet", "ControlNetPAG", "Adapter")
+    return tuple(f"{name}{kind}{task}Pipeline" for kind in kinds for task in tasks)
+
+
 _UNET = LoraSettings(8, targets=("to_q", "to_k", "to_v", "to_out.0"), learning_rate=4e-4)
 _CLIP = LoraSettings(4, targets=("q_proj", "k_proj", "v_proj", "out_proj"), learning_rate=1e-4)
 
@@ -108,7 +148,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="sd",
             title="Stable Diffusion 1.x and 2.x",
-            pipelines=("StableDiffusionPipeline",),
+            pipelines=_pipelines("StableDiffusion"),
             module="lora_unitune.families.sd",
             denoiser="unet",
             parts={"unet": _UNET, "text_encoder": _CLIP},
@@ -118,7 +158,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="sdxl",
             title="Stable Diffusion XL",
-            pipelines=("StableDiffusionXLPipeline",),
+            pipelines=_pipelines("StableDiffusionXL"),
             module="lora_unitune.families.sdxl",
             denoiser="unet",
             parts={"unet": _UNET, "text_encoder": _CLIP, "text_encoder_2": _CLIP},
@@ -256,12 +296,13 @@ def joined(*conditions: Condition) -> Condition:
 
 
 def load_base(
-    name: str, device: str = "auto", dtype: torch.dtype | None = None, quantize: str = "none"
+    name: str | BaseFiles, device: str = "auto", dtype: torch.dtype | None = None, quantize: str = "none"
 ) -> Base:
     """Loads a base model, frozen and in eval mode.
 
     Args:
-        name: "pocket" (bundled with the package), a folder with a model_index.json, or a hub id.
+        name: "pocket" (bundled with the package), a folder with a model_index.json, a .safetensors file, a hub id,
+            or what `location.locate_base` found.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: Dtype of the parts; None means float16 on CUDA and float32 elsewhere.
         quantize: "none", or "int8" or "nf4" for linear layers in 8 or 4 bits, which needs bitsandbytes.
@@ -273,14 +314,15 @@ def load_base(
     """
     import torch
 
-    from lora_unitune.families.loading import detect_family, locate_base, resolve_device
+    from lora_unitune.families.loading import resolve_device
+    from lora_unitune.families.location import locate_base
 
     target = resolve_device(device)
-    family = detect_family(name)
+    files = locate_base(name) if isinstance(name, str) else name
     if dtype is None:
         dtype = torch.float16 if target.type == "cuda" else torch.float32
-    module = importlib.import_module(family.module)
-    base: Base = module.load(name, locate_base(name), target, dtype, quantize)
+    module = importlib.import_module(files.family.module)
+    base: Base = module.load(files, target, dtype, quantize)
     return base
 
 

@@ -1,4 +1,4 @@
-"""Loading of a base's components from a folder or a hub id, safetensors only."""
+"""Loading of a base's components from a folder or a single file, safetensors only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lora_unitune.errors import BaseModelError, DeviceError, one_line
-from lora_unitune.families import FAMILIES, POCKET_FOLDER, Family
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from lora_unitune.families import BaseFiles
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,113 +40,48 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def locate_base(name: str) -> str:
-    """Returns the folder or hub id that `name` ("pocket", a folder, a hub id) stands for.
-
-    Raises:
-        BaseModelError: The name is none of the three.
-    """
-    if name == "pocket":
-        return str(POCKET_FOLDER)
-    if Path(name).is_dir() or _HUB_ID.fullmatch(name):
-        return name
-    raise BaseModelError(
-        f"unknown base '{name}'; give 'pocket', a folder with a diffusers model, or a hub id (owner/model)"
-    )
-
-
 def public_name(name: str) -> str:
-    """Returns a base's name without its folder's path, which is private and would be shared with files."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
-def read_model_index(name: str) -> dict[str, Any]:
-    """Reads the model_index.json of a base, from its folder or (for a hub id) through diffusers.
-
-    Raises:
-        BaseModelError: The file doesn't exist, can't be downloaded, or isn't a diffusers index.
-    """
-    location = locate_base(name)
-    if Path(location).is_dir():
-        path = Path(location) / "model_index.json"
-        if not path.is_file():
-            raise BaseModelError(
-                f"base '{name}' isn't a diffusers model: its folder has no model_index.json; give the folder "
-                "that holds one"
-            )
-        try:
-            index: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BaseModelError(
-                f"base '{name}': model_index.json can't be read ({one_line(error)}); copy the model again"
-            ) from error
-    else:
-        from diffusers import DiffusionPipeline
-
-        try:
-            index = DiffusionPipeline.load_config(location)
-        except Exception as error:  # network, authorisation and cache errors have no common class
-            raise BaseModelError(
-                f"base '{name}' can't be downloaded ({one_line(error)}); check the id and the network, or "
-                "give a local folder"
-            ) from error
-    if not isinstance(index, dict) or "_class_name" not in index:
-        raise BaseModelError(f"base '{name}': model_index.json names no pipeline class; copy the model again")
-    return index
-
-
-def detect_family(name: str) -> Family:
-    """Returns the family of a base, from its model_index.json.
-
-    Raises:
-        BaseModelError: The base doesn't exist, or is of a family that isn't supported.
-    """
-    kind = read_model_index(name)["_class_name"]
-    for family in FAMILIES.values():
-        if kind in family.pipelines:
-            return family
-    known = [pipeline for family in FAMILIES.values() for pipeline in family.pipelines]
-    raise BaseModelError(
-        f"base '{name}' is a {kind}, which isn't supported; use a base of kind {', '.join(known)}"
-    )
+    """Returns a base's name without its path, which is private and would be shared with files."""
+    path = Path(name)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else name
 
 
 def load_components(
-    name: str, models: Mapping[str, type[Any]], tokenizer: type[Any], kind: str
+    files: BaseFiles, models: Mapping[str, type[Any]], tokenizer: type[Any]
 ) -> dict[str, Any]:
     """Loads a pipeline's models in float32, the tokenizers of its text encoders, and its scheduler.
 
     Args:
-        name: Name of the base, as the user specified it.
+        files: The base's files.
         models: Classes of the models, by the names of their folders.
         tokenizer: Class of the tokenizers.
-        kind: Title of the family, for messages.
 
     Raises:
         BaseModelError: A component is missing or broken, or is of another class.
     """
-    index, location = read_model_index(name), locate_base(name)
+    name, kind, folder = files.name, files.family.title, files.folder
     for component, expected in models.items():
-        declared = (index.get(component) or [None, None])[1]
+        declared = (files.index.get(component) or [None, None])[1]
         if declared != expected.__name__:
             raise BaseModelError(
                 f"base '{name}' has a {component} of class {declared}; {kind} has {expected.__name__}"
             )
-    local = {"local_files_only": Path(location).is_dir()}
-    weights: dict[str, Any] = {"use_safetensors": True, **local}
-    loaders: dict[str, tuple[type[Any], dict[str, Any]]] = {
-        component: (model, {**weights, "dtype" if _is_text(component) else "torch_dtype": torch.float32})
-        for component, model in models.items()
+    loaders: dict[str, Callable[[], Any]] = {
+        component: partial(_load_model, files, component, model) for component, model in models.items()
     }
     tokenizers = {text.replace("text_encoder", "tokenizer"): text for text in models if _is_text(text)}
-    loaders |= dict.fromkeys(tokenizers, (tokenizer, local))
-    loaders["scheduler"] = (_scheduler_class(name, index), local)
+    for component in tokenizers:
+        loaders[component] = partial(_load_tokenizer, files, component, tokenizer)
+    scheduler = _scheduler_class(name, files.index)
+    local = {"subfolder": "scheduler", "local_files_only": True}
+    loaders["scheduler"] = partial(scheduler.from_pretrained, folder, **local, **files.scheduler)
     loaded: dict[str, Any] = {}
-    for component, (loader, options) in loaders.items():
+    for component, load in loaders.items():
         try:
             with quiet():
-                read = _read_text_encoder(loader, Path(location) / component) if _is_text(component) else None
-                loaded[component] = read or loader.from_pretrained(location, subfolder=component, **options)
+                loaded[component] = load()
         except Exception as error:  # diffusers, transformers, safetensors and json each raise their own
             raise BaseModelError(
                 f"base '{name}': its {component} can't be loaded ({one_line(error)}); it has to be a "
@@ -161,6 +95,50 @@ def load_components(
                 f"the {text_encoder} {rows}); copy the model again"
             )
     return loaded
+
+
+def _load_model(files: BaseFiles, component: str, model: type[Any]) -> Any:
+    """Loads one model in float32, from the base's folder or file, or from the VAE's."""
+    folder, weights = files.folder / component, files.weights
+    if component == "vae" and files.vae is not None:
+        weights = files.vae if files.vae.is_file() else None
+        nested = files.vae / component
+        folder = nested if nested.is_dir() else files.vae
+    if weights is not None:
+        from lora_unitune.families.single_file import read_model
+
+        return read_model(model, weights, files.folder, component)
+    variant = _variant_of(folder)
+    read = _read_text_encoder(model, folder) if _is_text(component) and variant is None else None
+    dtype = "dtype" if _is_text(component) else "torch_dtype"
+    options = {"use_safetensors": True, "local_files_only": True, "variant": variant, dtype: torch.float32}
+    return read or model.from_pretrained(folder, **options)
+
+
+def _load_tokenizer(files: BaseFiles, component: str, tokenizer: type[Any]) -> Any:
+    """Loads a tokenizer from the base's folder; CLIP's own travels with the package, for single files."""
+    folder = files.folder / component
+    if files.weights is not None and not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "merges.txt")
+    ):
+        from lora_unitune.families.single_file import build_tokenizer
+
+        return build_tokenizer(tokenizer, folder)
+    return tokenizer.from_pretrained(files.folder, subfolder=component, local_files_only=True)
+
+
+def _variant_of(folder: Path) -> str | None:
+    """Returns the variant of a model's weights, such as "fp16"; None where the plain ones are there."""
+    names = [path.name for path in folder.glob("*.safetensors*")]
+    if any(re.fullmatch(r"\w+\.safetensors(\.index\.json)?", name) for name in names):
+        return None
+    matches = (
+        re.fullmatch(r"\w+\.([\w-]+?)(-\d+-of-\d+)?\.safetensors", name)
+        or re.fullmatch(r"\w+\.safetensors\.index\.(\w+)\.json", name)
+        for name in names
+    )
+    variants = {match[1] for match in matches if match}
+    return next((kind for kind in ("fp32", "fp16", "bf16", *sorted(variants)) if kind in variants), None)
 
 
 def fingerprint_of(shape: Mapping[str, Any], sample: Sequence[Tensor]) -> str:

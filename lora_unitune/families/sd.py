@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_unitune.errors import RecipeError
-from lora_unitune.families import FAMILIES, Condition, Size
+from lora_unitune.families import FAMILIES, BaseFiles, Condition, Size
 from lora_unitune.families.configuration import (
     check_configuration,
     check_scheduler,
@@ -250,14 +250,11 @@ class ClipVocabulary:
         return {self._tokenizer.unk_token_id, *self._tokenizer.all_special_ids}
 
 
-def load(
-    name: str, location: str, device: torch.device, dtype: torch.dtype, quantize: str
-) -> StableDiffusionBase:
+def load(files: BaseFiles, device: torch.device, dtype: torch.dtype, quantize: str) -> StableDiffusionBase:
     """Loads a Stable Diffusion base from safetensors only.
 
     Args:
-        name: Name of the base, as the user specified it.
-        location: A folder, or a hub id that diffusers downloads or reads from its cache.
+        files: The base's files.
         device: Device of the modules.
         dtype: Dtype of the UNet and the text encoder; the weights are read in float32 and then cast, so that
             the fingerprint doesn't depend on it.
@@ -267,9 +264,11 @@ def load(
         BaseModelError: A component is missing or broken, or isn't one of Stable Diffusion's.
     """
     models = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
-    loaded = load_components(name, models, CLIPTokenizer, FAMILIES["sd"].title)
+    loaded = load_components(files, models, CLIPTokenizer)
     with quiet():
-        return StableDiffusionBase(public_name(name), **loaded, device=device, dtype=dtype, quantize=quantize)
+        return StableDiffusionBase(
+            public_name(files.name), **loaded, device=device, dtype=dtype, quantize=quantize
+        )
 
 
 def padded_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:

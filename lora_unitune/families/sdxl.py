@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_unitune.families import FAMILIES, Condition
-from lora_unitune.families.loading import load_components, public_name, quiet, read_model_index
+from lora_unitune.families import FAMILIES, BaseFiles, Condition
+from lora_unitune.families.loading import load_components, public_name, quiet
 from lora_unitune.families.sd import StableDiffusionBase, padded_ids
 
 
@@ -84,9 +84,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
         return {**arguments, "added_cond_kwargs": added}
 
 
-def load(
-    name: str, location: str, device: torch.device, dtype: torch.dtype, quantize: str
-) -> StableDiffusionXLBase:
+def load(files: BaseFiles, device: torch.device, dtype: torch.dtype, quantize: str) -> StableDiffusionXLBase:
     """Loads a Stable Diffusion XL base from safetensors only; see `sd.load`.
 
     Raises:
@@ -98,11 +96,11 @@ def load(
         "text_encoder_2": CLIPTextModelWithProjection,
         "vae": AutoencoderKL,
     }
-    loaded = load_components(name, models, CLIPTokenizer, FAMILIES["sdxl"].title)
-    zeros = bool(read_model_index(name).get("force_zeros_for_empty_prompt", True))
+    loaded = load_components(files, models, CLIPTokenizer)
+    zeros = bool(files.index.get("force_zeros_for_empty_prompt", True))
     with quiet():
         return StableDiffusionXLBase(
-            public_name(name),
+            public_name(files.name),
             **loaded,
             zeros_for_empty=zeros,
             device=device,

@@ -16,8 +16,9 @@ from torch import Tensor
 from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter, check_fits
 from lora_unitune.errors import FitError, SettingError
-from lora_unitune.families import Base, default_recipe, load_base
-from lora_unitune.families.loading import detect_family, resolve_device
+from lora_unitune.families import Base, BaseFiles, default_recipe, load_base
+from lora_unitune.families.loading import resolve_device
+from lora_unitune.families.location import locate_base
 from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.reading import load_photo
 from lora_unitune.recipe import Recipe
@@ -31,7 +32,7 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def fit(
     photo: str | Path | Image.Image,
     *,
-    base: str | Base = "pocket",
+    base: str | BaseFiles | Base = "pocket",
     recipe: Recipe | str | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
@@ -45,7 +46,8 @@ def fit(
 
     Args:
         photo: Path of an image file, or a PIL image.
-        base: "pocket", a folder, a hub id, or a base in memory, which is restored bit for bit.
+        base: "pocket", a folder, a .safetensors file, a hub id, what `locate_base` found, or a base in memory,
+            which is restored bit for bit.
         recipe: A recipe, its name or its file; None takes the base's default.
         overrides: Changes of single settings, such as "fit.steps=50".
         seed: Seed of all randomness; the same seed gives the same tensors.
@@ -66,8 +68,10 @@ def fit(
     if not 0 <= seed < 2**63:
         raise SettingError(f"seed = {seed} isn't allowed; give a whole number from 0 to 2**63 - 1")
     read = load_photo(photo)
+    if isinstance(base, str):
+        base = locate_base(base)
     settings = _continued(_settings(recipe, base, overrides), start)
-    loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, str) else base
+    loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, BaseFiles) else base
     if settings.fit.quantize not in ("none", loaded.quantized):
         raise SettingError(
             f"fit.quantize = '{settings.fit.quantize}' is for a base that the fit loads; give its name, or "
@@ -171,14 +175,13 @@ def _full_tensors(base: Base) -> dict[str, Tensor]:
     }
 
 
-def _settings(recipe: Recipe | str | None, base: str | Base, overrides: Sequence[str]) -> Recipe:
+def _settings(recipe: Recipe | str | None, base: BaseFiles | Base, overrides: Sequence[str]) -> Recipe:
     """Returns the recipe of a fit with settings for every part of the base, the overrides applied."""
-    name, family = (base, detect_family(base)) if isinstance(base, str) else (base.name, base.family)
     if isinstance(recipe, str):
         recipe = Recipe.load(recipe)
     elif recipe is None:
-        recipe = default_recipe(name, family)
-    recipe = family.complete(recipe, overrides)
+        recipe = default_recipe(base.name, base.family)
+    recipe = base.family.complete(recipe, overrides)
     lora = {part: replace(each, alpha=each.scale * each.rank) for part, each in recipe.lora.items()}
     return replace(recipe, lora=lora)
 
@@ -198,7 +201,7 @@ def _continued(recipe: Recipe, start: Adapter | None) -> Recipe:
     return replace(recipe, lora=lora, prompt=replace(recipe.prompt, rare_tokens=tokens))
 
 
-def _load_for_fit(name: str, settings: FitSettings, device: str) -> Base:
+def _load_for_fit(files: BaseFiles, settings: FitSettings, device: str) -> Base:
     """Loads a base in the precision of its frozen weights: the fit's on a GPU, float32 elsewhere."""
     if settings.method == "full" and settings.quantize != "none":
         raise SettingError("fit.quantize is for method 'lora': rounded weights can't be trained; use none")
@@ -206,4 +209,4 @@ def _load_for_fit(name: str, settings: FitSettings, device: str) -> Base:
     dtype: Any = _DTYPES[precision_for(settings.precision, target)]
     if settings.method == "full" or target.type == "cpu":
         dtype = torch.float32
-    return load_base(name, device, dtype, settings.quantize)
+    return load_base(files, device, dtype, settings.quantize)
