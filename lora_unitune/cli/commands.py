@@ -25,6 +25,7 @@ from lora_unitune.cli.options import (
     device_option,
     fit_base_option,
     json_option,
+    located,
     output_option,
     overwrite_option,
     recipe_option,
@@ -125,12 +126,13 @@ def fit_command(
     notes: list[str] = []
     with progress() as display:
         display.show("loading the base", 0, 1)
+        files = located(base)
         load_libraries()
         from lora_unitune import Adapter, describe, fit
 
         adapter = fit(
             photo,
-            base=base,
+            base=files,
             recipe=recipe,
             overrides=[*overrides, *([f"fit.method={method}"] if method else [])],
             seed=seed,
@@ -223,10 +225,11 @@ def edit_command(
         from lora_unitune import Adapter
 
         opened = Adapter.load(adapter, trigger)
+        files = located(_base_for(opened, base))
         load_libraries()
         from lora_unitune import Editor
 
-        editor = Editor(_base_for(opened, base), device=device)
+        editor = Editor(files, device=device)
         display.show("editing", 0, count)
         edits = editor.edits(
             opened,
@@ -306,12 +309,13 @@ def demo_command(
     """
     with progress() as display:
         display.show("loading the base", 0, 1)
+        files = located(base)
         load_libraries()
         from lora_unitune.cli.demo import run_demo
 
         summary = run_demo(
             output,
-            base=base,
+            base=files,
             overrides=overrides,
             seed=seed,
             device=device,
@@ -328,7 +332,7 @@ def _base_for(adapter: Adapter, base: str | None) -> str:
     if base or adapter.base == "pocket":
         return base or adapter.base
     raise BaseModelError(
-        f"the adapter was fitted on base {adapter.base!r}; say where that is with --base FOLDER or HUB_ID"
+        f"the adapter was fitted on base {adapter.base!r}; say where that is with --base FOLDER, FILE or HUB_ID"
     )
 
 

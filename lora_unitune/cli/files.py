@@ -14,6 +14,7 @@ from lora_unitune.cli.options import (
     adapter_argument,
     base_option,
     json_option,
+    located,
     output_option,
     overwrite_option,
 )
@@ -151,7 +152,7 @@ def compress_command(
 
     opened = Adapter.load(adapter)
     name = base or ("pocket" if opened.base == "pocket" else None)
-    loaded = load_base(name) if name else None
+    loaded = load_base(located(name)) if name else None
     result = compress(opened, keep, to_bytes, loaded, eight_bit)
     lost = effect_lost(loaded, opened, result.adapter) if loaded else None
     with writing(output):

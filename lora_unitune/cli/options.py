@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import click
 from click.shell_completion import CompletionItem
 
+from lora_unitune.families import LOCATION_OPTIONS, BaseFiles
 from lora_unitune.recipe import available_recipes
 from lora_unitune.settings import Section
 
@@ -96,8 +97,8 @@ def _type_of(hint: Any, metadata: Any) -> click.ParamType[Any]:
 
 
 def _complete_base(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Completes the name of a base: a folder, or the bundled one."""
-    return [CompletionItem(incomplete, type="dir"), *_beginning(["pocket"], incomplete)]
+    """Completes the name of a base: a file or a folder, or the bundled one."""
+    return [CompletionItem(incomplete, type="file"), *_beginning(["pocket"], incomplete)]
 
 
 def _complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -109,22 +110,51 @@ def _beginning(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-_BASE = "NAME|FOLDER|HUB_ID"
+def _base_options(help: str, **more: Any) -> Callable[[F], F]:
+    """Returns the decorator that adds --base and what else says where a base's files are; see `located`."""
 
-fit_base_option = click.option(
-    "--base",
-    default="pocket",
-    show_default=True,
-    metavar=_BASE,
-    shell_complete=_complete_base,
-    help="The base model to fit.",
-)
-base_option = click.option(
-    "--base",
-    metavar=_BASE,
-    shell_complete=_complete_base,
-    help="The base model that the adapter was fitted on; needed unless it is pocket.",
-)
+    def add(command: F) -> F:
+        for name, (metavar, text) in reversed(LOCATION_OPTIONS.items()):
+            kind = click.Choice(metavar.split("|")) if metavar.islower() else FILE
+            command = click.option(
+                f"--{name}",
+                expose_value=False,
+                callback=_remember,
+                type=kind,
+                metavar=metavar,
+                help=text,
+            )(command)
+        return click.option(
+            "--base",
+            metavar="NAME|FOLDER|FILE|HUB_ID",
+            shell_complete=_complete_base,
+            help=help,
+            **more,
+        )(command)
+
+    return add
+
+
+def _remember(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
+    ctx.meta.setdefault(_LOCATION, {})[option.name] = value
+
+
+_LOCATION = "lora_unitune.location"
+
+
+def located(base: str) -> BaseFiles:
+    """Returns the files of the base that the running command's options name.
+
+    Args:
+        base: Value of --base, or the base of the adapter.
+    """
+    from lora_unitune import locate_base
+
+    return locate_base(base, **click.get_current_context().meta[_LOCATION])
+
+
+fit_base_option = _base_options("The base model to fit.", default="pocket", show_default=True)
+base_option = _base_options("The base model that the adapter was fitted on; needed unless it is pocket.")
 recipe_option = click.option(
     "--recipe",
     metavar="NAME|FILE",
