@@ -50,8 +50,8 @@ def check_configuration(
 
     def refuse(part: str, field: str, value: Any, kind: str) -> NoReturn:
         raise BaseModelError(
-            f"base '{name}' is {kind} ({field} of its {part} is {value}), which isn't supported; use a "
-            "text-to-image model of Stable Diffusion"
+            f"base '{name}' is {kind} ({field} of its {part} is {value}), which isn't supported; use "
+            "another base of Stable Diffusion"
         )
 
     latent = vae["latent_channels"]

@@ -44,7 +44,7 @@ class Sampler:
         except ValueError as error:
             raise SettingError(
                 f"edit.steps = {steps} is more than the base's scheduler {type(scheduler).__name__} takes "
-                f"({one_line(error)}); give fewer steps"
+                f"({one_line(error, 100)}); give fewer steps"
             ) from error
         self._first = skip * scheduler.order
         self.timesteps: Tensor = scheduler.timesteps[self._first :]

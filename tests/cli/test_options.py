@@ -99,8 +99,8 @@ def test_shells_complete_paths_recipes_and_bases() -> None:
     names = [("plain", name) for name in available_recipes()]
     assert completions(["fit", "--recipe"], "") == [("file", ""), *names]
     assert completions(["fit", "--recipe"], "pocket/d") == [("file", "pocket/d"), ("plain", "pocket/default")]
-    assert completions(["edit", "--base"], "po") == [("dir", "po"), ("plain", "pocket")]
-    assert completions(["edit", "--base"], "x") == [("dir", "x")]
+    assert completions(["edit", "--base"], "po") == [("file", "po"), ("plain", "pocket")]
+    assert completions(["edit", "--base"], "x") == [("file", "x")]
     assert ("plain", "--strength") in completions(["edit"], "--str")
 
 
