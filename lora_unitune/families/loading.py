@@ -82,6 +82,10 @@ def load_components(
         try:
             with quiet():
                 loaded[component] = load()
+        except ImportError as error:  # some schedulers need other libraries
+            raise BaseModelError(
+                f"base '{name}': its {component} can't be loaded ({one_line(error)})"
+            ) from error
         except Exception as error:  # diffusers, transformers, safetensors and json each raise their own
             raise BaseModelError(
                 f"base '{name}': its {component} can't be loaded ({one_line(error)}); it has to be a "
