@@ -46,8 +46,9 @@ def load_libraries() -> None:
     """Imports the libraries that a fit and an edit use, and nothing of `UNUSED`."""
     import torch  # noqa: F401  # completely, before parts of it are deferred
 
+    # PEFT reads torch.distributed.tensor without importing it: parts of torch are stand-ins from the start
     with deferring(UNUSED):
-        for name in LIBRARIES:
+        for name in (*(part for part in UNUSED if part.startswith("torch.")), *LIBRARIES):
             # a failing import is repeated, and its error reported, where the module is used
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
