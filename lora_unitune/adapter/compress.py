@@ -210,7 +210,7 @@ def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, str]:
     photo = None if adapter.photo_latents is None else checked_photo(adapter, base)
     clean = torch.zeros(shape) if photo is None else photo.cpu().expand(shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return schedule.add_noise(clean, noise, index), schedule.timesteps[index], adapter.rare_tokens
+    return schedule.add_noise(clean, noise, index), schedule.timesteps[index], adapter.rare_tokens or ""
 
 
 @torch.no_grad()
