@@ -187,6 +187,8 @@ def _scales_in_metadata(
                     scales[f"{part}.{module}"] = float(alpha) / (
                         rank**0.5 if config.get(f"{part}.use_rslora") else rank
                     )
+    except AdapterFileError:
+        raise
     except (ValueError, RecursionError, AttributeError, TypeError, OverflowError) as error:
         raise AdapterFileError(f"{name}: its lora_adapter_metadata can't be read; {AGAIN}") from error
     return scales

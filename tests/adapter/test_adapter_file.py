@@ -161,7 +161,9 @@ def test_a_3_to_2_photo_keeps_its_size_and_its_digest(base15: Base, tmp_path: Pa
 
 def test_a_trigger_replaces_the_rare_tokens(adapter: Adapter, saved: Path) -> None:
     assert Adapter.load(saved, " a  red   fox ").rare_tokens == "a red fox"
-    assert Adapter.load(saved, "  ").rare_tokens == "" and Adapter.load(saved).rare_tokens == adapter.rare_tokens
+    assert (
+        Adapter.load(saved, "  ").rare_tokens == "" and Adapter.load(saved).rare_tokens == adapter.rare_tokens
+    )
     with pytest.raises(SettingError, match="trigger = "):
         Adapter.load(saved, "\x1b[2J")
 
