@@ -130,6 +130,8 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
     if adapter.fingerprint:
         photo = {} if adapter.photo_latents is None else {PHOTO_KEY: adapter.photo_latents.to(dtype)}
         save_file(photo, folder / REST, {METADATA_KEY: adapter.header()})
+    elif adapter.entries:
+        save_file({}, folder / REST, dict(adapter.entries))
 
 
 def _peft_config(adapter: Adapter, part: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ _OTHERS = {
     r".*\.lora_(A|B|up|down)(\.[\w-]+)?\.bias$": "a LoRA with biases",
     r".*custom_diffusion": "a Custom Diffusion",
     r"lora_controlnet$": "a Control-LoRA",
-    r".*:\d+:(up|down)$|.*\blora_(unet|text_encoder):": "a LoRA in cloneofsimo's old layout",
+    r".*:\d+:(up|down)$": "a LoRA in cloneofsimo's old layout",
     r"(emb_params|string_to_param|clip_[lg])$|<[^>]+>$": "an embedding of textual inversion",
     r"(control_model|controlnet_)": "a ControlNet",
     r".*(double_blocks|single_blocks|single_transformer_blocks)[._]": "an adapter for FLUX",

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lora_unitune import __version__
 from lora_unitune.adapter import layers
-from lora_unitune.adapter.adapter import Adapter, check_fits, checked_photo
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
+from lora_unitune.adapter.suits import check_fits, checked_photo
 from lora_unitune.editing.record import Edit
 from lora_unitune.editing.sampling import doubt, sample_edit
 from lora_unitune.editing.start import Source, Start, starting_point

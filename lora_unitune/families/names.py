@@ -30,6 +30,7 @@ class LayerNames:
         width_key: Suffix of the keys whose last dimension, the width, identifies the base model.
         kinds: Width -> the base model's name in kohya's header, and in ModelSpec.
         by_prediction: The same by width and what the base model predicts, where only that tells them apart.
+        in_dialogs: The base model's name in kohya's header -> in A1111's dialogs.
         versions: How names of its base models begin, in headers of any tool.
     """
 
@@ -44,6 +45,7 @@ class LayerNames:
     width_key: str = ""
     kinds: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     by_prediction: Mapping[tuple[int, str], tuple[str, str]] = field(default_factory=dict)
+    in_dialogs: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[str, ...] = ()
 
     def current(self, key: str) -> str:
@@ -280,6 +282,7 @@ SD_NAMES = LayerNames(
         (1024, "epsilon"): ("sd_v2", "stable-diffusion-v2-512"),
         (1024, "v_prediction"): ("sd_v2_v", "stable-diffusion-v2-768-v"),
     },
+    in_dialogs={"sd_v1": "SD1", "sd_v2": "SD2", "sd_v2_v": "SD2"},
     versions=("sd_v1", "sd_v2", "sd_1", "sd_2", "stable-diffusion-v1", "stable-diffusion-v2"),
 )
 SDXL_NAMES = LayerNames(
@@ -304,5 +307,6 @@ SDXL_NAMES = LayerNames(
     respelled=_RESPELLED,
     width_key=WIDTH_KEY,
     kinds={2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")},
+    in_dialogs={"sdxl_base_v1-0": "SDXL"},
     versions=("sdxl", "stable-diffusion-xl"),
 )

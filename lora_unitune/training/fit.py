@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from lora_unitune.adapter import layers
-from lora_unitune.adapter.adapter import Adapter, check_fits
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.suits import check_fits
 from lora_unitune.errors import FitError, SettingError
 from lora_unitune.families import Base, default_recipe, load_base
 from lora_unitune.families.loading import detect_family, resolve_device

@@ -16,10 +16,11 @@ from conftest import metadata_of, room_for
 from random_adapters import LORA, changed, make_adapter
 from safetensors.torch import load_file, save_file
 
-from lora_unitune.adapter.adapter import Adapter, check_fits
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.adapter.describe import describe
 from lora_unitune.adapter.header import PHOTO_KEY
+from lora_unitune.adapter.suits import check_fits
 from lora_unitune.errors import AdapterFileError, OutputError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.recipe import Recipe

@@ -16,10 +16,11 @@ from random_adapters import EVERYTHING, LORA, make_adapter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_unitune.adapter.adapter import Adapter, check_fits
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.describe import describe
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.spelling import split
+from lora_unitune.adapter.suits import check_fits
 from lora_unitune.editing.editor import Editor
 from lora_unitune.errors import AdapterFileError
 from lora_unitune.families import FAMILIES, Base
