@@ -96,6 +96,8 @@ def model_card(described: dict[str, Any], repo: str, license: str, pictures: Seq
     head += [f"instance_prompt: {json.dumps(tokens)}"]
     head += [f"base_model: {json.dumps(base)}"] if _REPO.fullmatch(base) else []
     steps = f", {described['steps']} steps" if described["steps"] is not None else ""
+    named = "BASE" if base == "unknown" else _cell(base)
+    photo = "" if described["photo_embedded"] else " --photo photo.png"
     ranks = ", ".join(f"{part} {rank}" for part, rank in described["ranks"].items())
     lines = ["---", *head, "---", "", f"# {repo.partition('/')[2]}", ""]
     lines += ["A LoRA adapter of one photo, fitted by lora-unitune (UniTune, arXiv 2210.09477).", ""]
@@ -110,7 +112,7 @@ def model_card(described: dict[str, Any], repo: str, license: str, pictures: Seq
         f"| size | {described['bytes']} bytes |",
         "",
         "```",
-        f'lora-unitune edit {SCHEME}{repo} "an edit in words" -o out.png --base {_cell(base)}',
+        f'lora-unitune edit {SCHEME}{repo} "an edit in words" -o out.png --base {named}{photo}',
         "```",
         "",
         f"In diffusers: `pipeline.load_lora_weights({repo!r}, weight_name={name!r})`, with the trigger",

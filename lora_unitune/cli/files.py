@@ -122,21 +122,17 @@ def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, 
       lora-unitune strip photo.safetensors -o bare.safetensors
       lora-unitune strip photo.safetensors -o bare.safetensors --keep-photo
     """
+    from lora_unitune import describe
     from lora_unitune.adapter.convert import strip
 
     strip(adapter, output, keep_photo, overwrite)
-    from lora_unitune import describe
-
     described = describe(output)
     if as_json:
         click.echo(json.dumps({"path": output, "bytes": described["bytes"]}))
         return
-    needs = (
-        ""
-        if described["photo_embedded"]
-        else ", without its photo: edits need --photo, or strip with --keep-photo"
-    )
-    click.echo(f"{output}: {bytes_text(described['bytes'])}{needs}")
+    lacks_photo = described["format_version"] is not None and not described["photo_embedded"]
+    hint = ", without the photo: edits need --photo; --keep-photo keeps it" if lacks_photo else ""
+    click.echo(f"{output}: {bytes_text(described['bytes'])}{hint}")
 
 
 @command("compress")
@@ -197,15 +193,14 @@ def compress_command(
         values = {"path": output, "bytes": after, "kept": result.kept, "ranks": ranks, "effect_lost": lost}
         click.echo(json.dumps(values))
         return
+    kept = (
+        f"{100 * (1 - result.kept):.2f} % of their squares"
+        if lost is None
+        else f"{100 * lost:.1f} % of the effect"
+    )
     click.echo(
         f"{output}: {bytes_text(after)} instead of {bytes_text(before)}, {result.ranks[1]} of "
-        f"{result.ranks[0]} ranks, "
-        + (
-            f"{100 * (1 - result.kept):.2f} % of their squares"
-            if lost is None
-            else f"{100 * lost:.1f} % of the effect"
-        )
-        + " lost"
+        f"{result.ranks[0]} ranks, {kept} lost"
     )
 
 

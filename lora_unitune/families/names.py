@@ -87,7 +87,9 @@ class LayerNames:
             prediction: What the base model predicts, as diffusers names it; "" if unknown.
         """
         widths = {
-            shape[-1] for key, shape in shapes.items() if self.width_key and key.endswith(self.width_key)
+            shape[-1]
+            for key, shape in shapes.items()
+            if self.width_key and key.endswith(self.width_key) and shape
         }
         width = next(iter(widths)) if len(widths) == 1 else 0
         return self.by_prediction.get((width, prediction)) or self.kinds.get(width)
