@@ -27,12 +27,12 @@ class AdapterCache:
         """Bytes of the cached tensors."""
         return sum(_bytes(adapter) for adapter in self._kept.values())
 
-    def open(self, place: str | Path, trigger: str = "") -> Adapter:
+    def open(self, place: str | Path, trigger: str | None = None) -> Adapter:
         """Loads an adapter, as `Adapter.load` does.
 
         Args:
             place: Path of a file or a folder, or an address on the hub.
-            trigger: Trigger words of the adapter, if the file doesn't store them.
+            trigger: Trigger words of the adapter, if the file doesn't store them; "" if it needs none.
 
         Raises:
             AdapterFileError: The file can't be read, or isn't an adapter.

@@ -25,7 +25,7 @@ def problems(tool: str, source: Source) -> str:
     """
     if any(key.endswith(INT8_SUFFIX) for key in source.entries):
         return "its tensors are stored in 8 bits"
-    keys = [key for key in source.entries if key != _PHOTO]
+    keys = [entry.key for entry in source.entries.values() if entry.key != _PHOTO]
     unknown = [key for key in keys if not KNOWN_KEYS[tool].fullmatch(key)]
     if unknown:
         return f"{len(unknown)} of its {len(keys)} tensors have names that it doesn't know"

@@ -18,7 +18,7 @@ KNOWN_KEYS = {
         rf"|(unet\.)?(?!text_encoder)(?:(?!\.to_).)+{_ENDS}"
         rf"|(unet\.)?(down_blocks|mid_block|up_blocks)\..+\.processor\.to_(q|k|v|out)({_ENDS}|_lora\.(up|down)\.weight)"
         rf"|text_encoder(_2)?\.text_model\.encoder\.layers\..+{_ENDS}"
-        rf"|(diffusion_model|text_encoders)\..+({_ENDS}|\.alpha)"
+        rf"|(diffusion_model\.(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)|text_encoders)\..+({_ENDS}|\.alpha)"
     ),
     "diffusers": re.compile(
         r"lora_(unet|te|te1|te2)_\w+\.(lora_(up|down)\.weight|alpha)"
