@@ -20,7 +20,7 @@ class AdapterCache:
             budget: Bytes of tensors that may stay in memory; 0 disables the cache.
         """
         self.budget = budget
-        self._kept: OrderedDict[tuple[str, str, int, int], Adapter] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str | None, int, int], Adapter] = OrderedDict()
 
     @property
     def size(self) -> int:

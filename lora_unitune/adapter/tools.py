@@ -49,9 +49,9 @@ def check_tool(tool: str, source: Source) -> None:
     if tool not in TOOLS:
         raise SettingError(f"tool = {tool!r} is unknown; choose one of {', '.join(TOOLS)}")
     if why := problems(tool, source):
+        layout = "diffusers" if tool == "diffusers" else "kohya"
         raise AdapterFileError(
-            f"{TOOLS[tool]} doesn't read all of {source.name}: {why}; convert it with "
-            f"--to {'diffusers' if tool == 'diffusers' else 'kohya'}"
+            f"{TOOLS[tool]} doesn't read all of {source.name}: {why}; convert it to {layout}'s layout"
         )
 
 

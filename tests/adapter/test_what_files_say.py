@@ -277,7 +277,7 @@ def test_inspect_says_which_tools_read_a_file(
         reads = tool in READERS[layout, alphas]
         assert bool(problems(tool, open_source(path))) is not reads
         result = run("inspect", path, "--for", tool)
-        assert result.exit_code == (0 if reads else 1) and ("--to kohya" in result.stderr) is not reads
+        assert result.exit_code == (0 if reads else 1) and ("kohya's layout" in result.stderr) is not reads
     adapter = Adapter.load(path)
     adapter.save(tmp_path / "eight", dtype=torch.int8)
     for tool in TOOLS:
