@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from lora_unitune.errors import AdapterFileError
-from lora_unitune.families import Family
+from lora_unitune.families import FAMILIES, Family
 
 SKIPPED = re.compile(r"bundle_emb\.")
 """Prefix of keys that hold no adapter: embeddings of textual inversion, stored beside one."""
@@ -35,9 +35,13 @@ _OTHERS = {
     r".*:\d+:(up|down)$": "a LoRA in cloneofsimo's old layout",
     r"(emb_params|string_to_param|clip_[lg])$|<[^>]+>$": "an embedding of textual inversion",
     r"(control_model|controlnet_)": "a ControlNet",
-    r".*(double_blocks|single_blocks|single_transformer_blocks)[._]": "an adapter for FLUX",
-    r".*(joint_blocks)[._]|transformer\.transformer_blocks\.\d+\.attn\.add_": "an adapter for Stable Diffusion 3",
     r"(first_stage_model|(model\.diffusion_model|cond_stage_model|conditioner)\.(?!.*lora))": "a whole model",
+}
+
+
+_OTHER_BASES = {
+    r".*(double_blocks|single_blocks|single_transformer_blocks)[._]": "FLUX",
+    r".*joint_blocks[._]|transformer\.transformer_blocks\.\d+\.attn\.add_": "Stable Diffusion 3",
 }
 
 
@@ -83,7 +87,7 @@ def our_key(key: str, family: Family) -> str | None:
 
 
 def check_is_lora(name: str, keys: list[str]) -> None:
-    """Checks that no key belongs to an adapter of another kind.
+    """Checks that no key belongs to an adapter of another kind, or for another kind of base.
 
     Args:
         name: Name of the file in messages.
@@ -97,3 +101,7 @@ def check_is_lora(name: str, keys: list[str]) -> None:
             raise AdapterFileError(
                 f"{name} is {title}, and only LoRA is supported; give a LoRA (or LoCon, LoHa) file"
             )
+    for pattern, title in _OTHER_BASES.items():
+        if any(re.match(pattern, key) for key in keys):
+            supported = " or ".join(row.title for row in FAMILIES.values())
+            raise AdapterFileError(f"{name} is an adapter for {title}; give one for {supported}")

@@ -68,7 +68,7 @@ class LayerNames:
         Returns:
             The layer; None if the family has no layer of that name in kohya's layout.
         """
-        path = self.current(path)
+        named, path = path, self.current(path)
         for pattern, replacement in self.respelled.items():
             path = re.sub(pattern, replacement, path)
         start = f"{denoiser}."
@@ -77,7 +77,11 @@ class LayerNames:
         if path.startswith(start) and path.removeprefix(start).partition(".")[0] in self._originals:
             path = path.removeprefix(start).replace(".", "_")
             return self.from_kohya(self.prefixes[start] + path, denoiser)
-        return path
+        is_other = path.startswith(start) and not named.startswith(
+            start
+        )  # prefixes that all bases' files have
+        tops = {block.partition(".")[0] for block in self.blocks}
+        return None if is_other and path.removeprefix(start).partition(".")[0] not in tops else path
 
     def kind_of(self, shapes: Mapping[str, tuple[int, ...]], prediction: str = "") -> tuple[str, str] | None:
         """Returns the base model's names in kohya's header and in ModelSpec; None if it can't be identified.

@@ -315,6 +315,8 @@ OTHERS: dict[str, tuple[str, str]] = {
     "textual inversion": ("emb_params", "textual inversion"),
     "FLUX": ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "FLUX"),
     "SD 3": ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", "Stable Diffusion 3"),
+    "Wan": ("diffusion_model.blocks.0.cross_attn.q.lora_A.weight", "doesn't have"),
+    "Z-Image": ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "doesn't have"),
     "ControlNet": ("control_model.input_blocks.0.0.weight", "ControlNet"),
     "a whole model": ("model.diffusion_model.out.2.weight", "whole model"),
     "cloneofsimo's": ("lora_unet:0:up", "cloneofsimo"),

@@ -298,3 +298,16 @@ def test_comfyui_reads_alphas_only_beside_the_tensors(tmp_path: Path) -> None:
 def test_text_encoder_keys_are_those_that_every_transformers_loads(fitted: tuple[Path, Any]) -> None:
     keys = [key for key in load_file(fitted[0]) if key.startswith("text_encoder.")]
     assert keys and all(key.startswith("text_encoder.text_model.encoder.") for key in keys)
+
+
+def test_a_fit_stores_what_its_base_predicts(fitted: tuple[Path, Any], base21: Base, tmp_path: Path) -> None:
+    assert Adapter.load(fitted[0]).prediction == base_prediction(fitted[0]) == "epsilon"
+    assert metadata_of(fitted[0])["modelspec.prediction_type"] == "epsilon"
+    made = replace(make_adapter(base21), prediction=base21.schedule().prediction)
+    made.save(tmp_path / "v.safetensors", layout="kohya")
+    assert metadata_of(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
+
+
+def base_prediction(path: Path) -> str:
+    prediction: str = describe(path)["prediction"]
+    return prediction
