@@ -129,13 +129,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """Returns the recipe as TOML with every value written out."""
-        sections = self.to_dict()
-        parts = {f"lora.{part}": section for part, section in sections.pop("lora").items()}
-        blocks = []
-        for name, section in {**parts, **sections}.items():
-            lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
-            blocks.append("\n".join([f"[{name}]", *lines]))
-        return "\n\n".join(blocks) + "\n"
+        return toml(self.to_dict())
 
     def override(self, assignments: Sequence[str]) -> Recipe:
         """Returns a copy with some settings replaced.
@@ -245,6 +239,19 @@ def _parse_value(text: str, kind: Any) -> Any:
         except ValueError:
             return text
     return text
+
+
+def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns sections of a recipe, as `Recipe.to_dict` returns them, as TOML."""
+    parts = {f"lora.{part}": section for part, section in sections["lora"].items()}
+    blocks = []
+    for name, section in {
+        **parts,
+        **{name: each for name, each in sections.items() if name != "lora"},
+    }.items():
+        lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
+        blocks.append("\n".join([f"[{name}]", *lines]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _toml_value(value: Any) -> str:

@@ -176,9 +176,8 @@ def fit_command(
 )
 @click.option(
     "--trigger",
-    default="",
     metavar="WORDS",
-    help="Trigger words of the adapter, if ADAPTER doesn't store them.",
+    help='Trigger words of the adapter, if ADAPTER doesn\'t store them; "" if it needs none.',
 )
 @base_option
 @device_option
@@ -192,7 +191,7 @@ def edit_command(
     seed: int,
     negative_prompt: str,
     photo: str | None,
-    trigger: str,
+    trigger: str | None,
     base: str | None,
     device: str,
     overwrite: bool,

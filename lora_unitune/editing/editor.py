@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lora_unitune import __version__
 from lora_unitune.adapter import layers
-from lora_unitune.adapter.adapter import Adapter, check_fits, checked_photo
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
+from lora_unitune.adapter.suits import check_fits, checked_photo
 from lora_unitune.editing.record import Edit
 from lora_unitune.editing.sampling import doubt, sample_edit
 from lora_unitune.editing.start import Source, Start, starting_point
@@ -258,8 +259,9 @@ class Editor:
         self._mount.use(adapter, adapter.trained_scale(scale) if adapter and trained else scale)
         once: dict[str, Condition] = {text: self.base.condition(text) for text in dict.fromkeys(texts)}
         conditional = joined(*(once[text] for text in texts))
+        words = (adapter.rare_tokens if adapter else None) or ""
         needs_rare = settings.residual or settings.unconditional == "rare"
-        rare = self.base.condition(adapter.rare_tokens if adapter else "") if needs_rare else None
+        rare = self.base.condition(words) if needs_rare else None
         if settings.unconditional == "rare" and rare is not None:
             empty = rare
         else:
@@ -297,15 +299,18 @@ class Editor:
         started = time.perf_counter()
         if adapter is not None:
             check_fits(adapter, self.base)
-            if not adapter.rare_tokens:
+            if adapter.rare_tokens is None:
                 raise PromptError(
-                    "the adapter doesn't store rare tokens; open it with trigger='WORDS', which stand for its subject"
+                    "the adapter doesn't store rare tokens; open it with trigger='WORDS', which stand for its "
+                    "subject, or with trigger='' if it needs none"
                 )
         settings = self._settings(adapter, photo is not None, chosen)
         for seed in seeds:
             _check_seed(seed)
-        text = " ".join(part for part in (adapter.rare_tokens if adapter else "", prompt) if part)
-        notes = [*self._cut_note("prompt", text), *self._cut_note("negative prompt", negative_prompt)]
+        words = (adapter.rare_tokens if adapter else None) or ""
+        text = " ".join(part for part in (words, prompt) if part)
+        notes = [f"the adapter: {note}" for note in adapter.notes] if adapter else []
+        notes += [*self._cut_note("prompt", text), *self._cut_note("negative prompt", negative_prompt)]
         if negative_prompt and (settings.guidance == 1 or settings.unconditional == "rare"):
             why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
             notes.append(f"{why}, so the negative prompt has no effect")
@@ -318,7 +323,7 @@ class Editor:
             "base": self.base.name,
             "fingerprint": self.base.fingerprint,
             "adapter": adapter.digest if adapter else None,
-            "rare_tokens": adapter.rare_tokens if adapter else "",
+            "rare_tokens": words,
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "photo": start.origin,

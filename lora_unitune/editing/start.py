@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from lora_unitune.adapter.adapter import Adapter, checked_photo
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.suits import checked_photo
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base
 from lora_unitune.photo.framing import choose_size, frame

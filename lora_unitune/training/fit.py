@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from lora_unitune.adapter import layers
-from lora_unitune.adapter.adapter import Adapter, check_fits
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.suits import check_fits
 from lora_unitune.errors import FitError, SettingError
 from lora_unitune.families import Base, default_recipe, load_base
 from lora_unitune.families.loading import detect_family, resolve_device
@@ -76,10 +77,12 @@ def fit(
     size = choose_size(read.image.size, settings.photo, loaded.size, loaded.size_step)
     loaded.sample_shape(size)
     framed = frame(read, size)
-    for note in framed.notes if on_note is not None else ():
-        on_note(f"the photo: {note}")  # type: ignore[misc]
     if start is not None:
         check_fits(start, loaded)
+    notes = [f"the photo: {note}" for note in framed.notes]
+    notes += [f"the adapter to continue from: {note}" for note in start.notes] if start is not None else []
+    for note in notes if on_note is not None else ():
+        on_note(note)  # type: ignore[misc]
     generator = torch.Generator().manual_seed(seed)
     try:
         prepared = prepare(framed, settings, loaded)
@@ -102,6 +105,7 @@ def fit(
         photo_latents=_as_saved(prepared.mean) if embed_photo else None,
         size=size,
         family=loaded.family.name,
+        prediction=loaded.schedule().prediction,
         seed=seed,
         seconds=history.seconds,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
@@ -189,7 +193,7 @@ def _continued(recipe: Recipe, start: Adapter | None) -> Recipe:
         return recipe
     if "full" in (recipe.fit.method, start.recipe.fit.method):
         raise SettingError("a fit can continue from an adapter of method 'lora' only, and with that method")
-    tokens = recipe.prompt.rare_tokens or start.rare_tokens
+    tokens = recipe.prompt.rare_tokens or start.rare_tokens or ""
     before = {part: start.recipe.lora.get(part, LoraSettings(0)) for part in recipe.lora}
     lora = {
         part: replace(before[part], learning_rate=each.learning_rate, weight=each.weight)
