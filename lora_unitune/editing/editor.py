@@ -20,10 +20,11 @@ from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.editing.record import Edit
 from lora_unitune.editing.sampling import doubt, sample_edit
-from lora_unitune.editing.start import Source, Start, starting_point
+from lora_unitune.editing.start import Start, starting_point
 from lora_unitune.errors import DeviceError, PromptError, RecipeError, SettingError
 from lora_unitune.families import Base, Condition, joined, load_base
 from lora_unitune.photo.details import restore
+from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.settings import EditSettings, make_section
 
 _LARGEST_SEED = 2**63 - 1
@@ -69,7 +70,7 @@ class Editor:
         prompt: str,
         *,
         negative_prompt: str = "",
-        photo: Source | None = None,
+        photo: PhotoSource | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> Edit:
@@ -131,7 +132,7 @@ class Editor:
         seeds: Sequence[int],
         *,
         negative_prompt: str = "",
-        photo: Source | None = None,
+        photo: PhotoSource | None = None,
         batch_size: int = 1,
         **settings: Any,
     ) -> Iterator[Edit]:
@@ -174,7 +175,9 @@ class Editor:
         settings = {"steps": steps, "adapter_scale": adapter_scale, **_RECONSTRUCTION}
         return next(self._run(adapter, "", "", None, [seed], settings, trained=True))
 
-    def repeat(self, adapter: Adapter | None, settings: dict[str, Any], photo: Source | None = None) -> Edit:
+    def repeat(
+        self, adapter: Adapter | None, settings: dict[str, Any], photo: PhotoSource | None = None
+    ) -> Edit:
         """Repeats an edit exactly.
 
         Args:
@@ -287,7 +290,7 @@ class Editor:
         adapter: Adapter | None,
         prompt: str,
         negative_prompt: str,
-        photo: Source | None,
+        photo: PhotoSource | None,
         seeds: Sequence[int],
         chosen: dict[str, Any],
         batch_size: int = 1,

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from lora_unitune.adapter.adapter import Adapter, checked_photo
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base
 from lora_unitune.photo.framing import choose_size, frame
+from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.settings import EditSettings, PhotoSettings
-
-Source = str | Path | Image.Image
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Start:
 
 
 def starting_point(
-    base: Base, adapter: Adapter | None, photo: Source | None, settings: EditSettings
+    base: Base, adapter: Adapter | None, photo: PhotoSource | None, settings: EditSettings
 ) -> Start:
     """Reads and encodes the photo that an edit starts from, if its settings need one.
 

@@ -6,11 +6,9 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lora_unitune.adapter import layers
@@ -19,6 +17,7 @@ from lora_unitune.errors import FitError, SettingError
 from lora_unitune.families import Base, default_recipe, load_base
 from lora_unitune.families.loading import detect_family, resolve_device
 from lora_unitune.photo.framing import choose_size, frame
+from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import load_photo
 from lora_unitune.recipe import Recipe
 from lora_unitune.settings import FitSettings, LoraSettings
@@ -29,7 +28,7 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fit(
-    photo: str | Path | Image.Image,
+    photo: PhotoSource,
     *,
     base: str | Base = "pocket",
     recipe: Recipe | str | None = None,
@@ -44,7 +43,7 @@ def fit(
     """Fits a photo: trains adapters so that the base reproduces it for a few rare tokens.
 
     Args:
-        photo: Path of an image file, or a PIL image.
+        photo: Path of an image file, its bytes, an open file, or a PIL image.
         base: "pocket", a folder, a hub id, or a base in memory, which is restored bit for bit.
         recipe: A recipe, its name or its file; None takes the base's default.
         overrides: Changes of single settings, such as "fit.steps=50".
