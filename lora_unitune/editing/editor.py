@@ -387,5 +387,10 @@ def _out_of_memory(size: tuple[int, int]) -> DeviceError:
 
 
 def _to_image(pixels: Tensor) -> Image.Image:
-    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding."""
+    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding; refuses other numbers."""
+    if not pixels.isfinite().all():
+        raise SettingError(
+            "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or take an edit.strength "
+            "below 1"
+        )
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())
