@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
@@ -180,7 +181,7 @@ def check_ending(path: str, *endings: str) -> None:
     Raises:
         BadParameter: The name ends otherwise.
     """
-    if not path.lower().endswith(endings):
+    if not path.lower().endswith(endings) and not Path(path).is_dir():  # the library refuses a folder
         raise click.BadParameter(f"{path!r} has to end in {' or '.join(endings)}.", param_hint="'-o'")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_unitune.errors import OutputError, SettingError
 from lora_unitune.output import write_atomically
+from lora_unitune.settings import EditSettings
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from lora_unitune.adapter.adapter import Adapter
 
 ENTRY = "lora_unitune"
 """Name of the PNG's text entry with the settings; the EXIF software of other files."""
@@ -19,6 +24,7 @@ ENTRY = "lora_unitune"
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """End of a picture's name -> its format."""
 
+_BEFORE = {"residual": False, "details": False, "least_change": 0.0}  # of edits older than these settings
 _SOFTWARE, _EXIF_IFD, _COMMENT = 0x0131, 0x8769, 0x9286  # EXIF: Software, ExifIFD, UserComment
 _ASCII = b"ASCII\0\0\0"
 _LARGEST_EXIF = 65_000  # bytes that fit into a JPEG's segment
@@ -96,3 +102,46 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise SettingError(f"{path} has no settings of an edit in it; give a picture that lora-unitune wrote")
     return settings
+
+
+def repeatable(
+    settings: dict[str, Any], fingerprint: str, adapter: Adapter | None, has_photo: bool
+) -> dict[str, Any]:
+    """Returns the complete settings of an edit, after a check that it can be repeated.
+
+    Args:
+        settings: Settings of the edit.
+        fingerprint: Fingerprint of the base at hand.
+        adapter: The adapter at hand.
+        has_photo: Whether a photo is given.
+
+    Raises:
+        SettingError: A setting is missing, or the edit was made with another base, adapter or photo.
+    """
+    names = [field.name for field in dataclasses.fields(EditSettings)]
+    if settings.get("strength") == 1 and "details" not in settings:  # releases before 0.3
+        settings = {**settings, "residual": False}
+    settings = {**_BEFORE, **settings}
+    needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
+    missing = [name for name in needed if name not in settings]
+    if missing:
+        raise SettingError(f"the settings lack {', '.join(missing)}; use the complete settings of an edit")
+    ours = (fingerprint, adapter.digest if adapter else None)
+    if (settings["fingerprint"], settings["adapter"]) != ours:
+        raise SettingError("the edit was made with another base or adapter; repeat it with the same ones")
+    if settings["photo"] == "given" and not has_photo:
+        raise SettingError("the edit started from a photo that was given with it; give that photo again")
+    return settings
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding; refuses other numbers."""
+    import torch
+    from PIL import Image
+
+    if not pixels.isfinite().all():
+        raise SettingError(
+            "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or take an edit.strength "
+            "below 1"
+        )
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())

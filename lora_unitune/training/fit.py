@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter, check_fits
-from lora_unitune.errors import FitError, SettingError
+from lora_unitune.errors import FitError, SettingError, one_line
 from lora_unitune.families import Base, default_recipe, load_base
 from lora_unitune.families.loading import detect_family, resolve_device
 from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import load_photo
 from lora_unitune.recipe import Recipe
-from lora_unitune.settings import FitSettings, LoraSettings
+from lora_unitune.settings import FitSettings, LoraSettings, check_whole
 from lora_unitune.training.loop import OnNote, OnStep, precision_for, train
 from lora_unitune.training.prepare import prepare
 
@@ -30,13 +31,13 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def fit(
     photo: PhotoSource,
     *,
-    base: str | Base = "pocket",
-    recipe: Recipe | str | None = None,
-    overrides: Sequence[str] = (),
+    base: str | Path | Base = "pocket",
+    recipe: Recipe | str | Path | None = None,
+    overrides: str | Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
     embed_photo: bool = True,
-    start: Adapter | None = None,
+    start: Adapter | str | Path | None = None,
     on_step: OnStep | None = None,
     on_note: OnNote | None = None,
 ) -> Adapter:
@@ -46,12 +47,12 @@ def fit(
         photo: Path of an image file, its bytes, an open file, or a PIL image.
         base: "pocket", a folder, a hub id, or a base in memory, which is restored bit for bit.
         recipe: A recipe, its name or its file; None takes the base's default.
-        overrides: Changes of single settings, such as "fit.steps=50".
+        overrides: Changes of single settings, such as "fit.steps=50"; one or several.
         seed: Seed of all randomness; the same seed gives the same tensors.
         device: Device of a base that is loaded by name: "auto", "cpu", "cuda" or "mps".
         embed_photo: Whether to store the photo's latents in the adapter, so that edits can start from them.
-        start: An adapter to continue from, at the strength that was trained, instead of a new one; its ranks,
-            alphas, targets and rare tokens are used.
+        start: An adapter, or the path of its file, to continue from, at the strength that was trained,
+            instead of a new one; its ranks, alphas, targets and rare tokens are used.
         on_step: Callback after each step.
         on_note: Callback for notes to the user: changes of the photo, or that memory ran out and the fit
             continues with less.
@@ -62,8 +63,19 @@ def fit(
     Raises:
         UnituneError: An argument is invalid, or the fit can't continue; the subclass says which.
     """
-    if not 0 <= seed < 2**63:
-        raise SettingError(f"seed = {seed} isn't allowed; give a whole number from 0 to 2**63 - 1")
+    check_whole("seed", seed, 0)
+    base = str(base) if isinstance(base, Path) else base
+    start = Adapter.load(start) if isinstance(start, (str, Path)) else start
+    for name, value, kinds in (
+        ("base", base, (str, Base)),
+        ("recipe", recipe, (Recipe, str, Path, type(None))),
+        ("overrides", overrides, (str, list, tuple)),
+        ("start", start, (Adapter, type(None))),
+    ):
+        if not isinstance(value, kinds):
+            raise SettingError(
+                f"{name} = {one_line(ValueError(repr(value)), 80)} isn't allowed; see help(fit)"
+            )
     read = load_photo(photo)
     settings = _continued(_settings(recipe, base, overrides), start)
     loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, str) else base
@@ -170,10 +182,10 @@ def _full_tensors(base: Base) -> dict[str, Tensor]:
     }
 
 
-def _settings(recipe: Recipe | str | None, base: str | Base, overrides: Sequence[str]) -> Recipe:
+def _settings(recipe: Recipe | str | Path | None, base: str | Base, overrides: str | Sequence[str]) -> Recipe:
     """Returns the recipe of a fit with settings for every part of the base, the overrides applied."""
     name, family = (base, detect_family(base)) if isinstance(base, str) else (base.name, base.family)
-    if isinstance(recipe, str):
+    if isinstance(recipe, (str, Path)):
         recipe = Recipe.load(recipe)
     elif recipe is None:
         recipe = default_recipe(name, family)
