@@ -22,7 +22,7 @@ from lora_unitune.adapter.adapter import Adapter, check_fits, checked_photo
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.editing.prompts import checked_text, prompt_notes
-from lora_unitune.editing.record import Edit, repeatable, to_image
+from lora_unitune.editing.record import Edit, check_finite, repeatable, to_image
 from lora_unitune.editing.sampling import doubt, sample_edit
 from lora_unitune.editing.start import Start, chosen_settings, starting_point
 from lora_unitune.errors import BaseModelError, DeviceError, PromptError, SettingError
@@ -310,6 +310,7 @@ class Editor:
         source = rare if settings.residual else None
         x0 = sample_edit(self.base, size, conditional, source, empty, photo, seeds, settings)
         images = self.base.decode(x0)
+        check_finite(images)
         if doubted is None or photo is None:
             return images
         redraw = self.base.decode(photo)

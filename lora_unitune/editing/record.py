@@ -134,14 +134,22 @@ def repeatable(
     return settings
 
 
-def to_image(pixels: Tensor) -> Image.Image:
-    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding; refuses other numbers."""
-    import torch
-    from PIL import Image
+def check_finite(pixels: Tensor) -> None:
+    """Checks that sampling has ended in numbers that are finite: others would be shown as black.
 
+    Raises:
+        SettingError: Some aren't.
+    """
     if not pixels.isfinite().all():
         raise SettingError(
             "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or take an edit.strength "
             "below 1"
         )
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding."""
+    import torch
+    from PIL import Image
+
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())
