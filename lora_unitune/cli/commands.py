@@ -84,6 +84,7 @@ for _command in (inspect_command, convert_command, strip_command, compress_comma
 @click.option(
     "--embed-photo/--no-embed-photo",
     default=True,
+    show_default=True,
     help="Embed the photo's latents in the file, or leave them out; then edits need --photo.",
 )
 @seed_option
@@ -276,6 +277,28 @@ def doctor_command(device: str, as_json: bool) -> None:
     for name, value in report.items():
         click.echo(f"{name.replace('_', ' '):<18}{shown(value)}")
     print_notes(notes)
+
+
+@main.command("words")
+@json_option
+def words_command(as_json: bool) -> None:
+    """List what prompts for pocket, the bundled base, can say, by kind.
+
+    pocket learned these words alone; others change the picture at random.
+
+    \b
+    Examples:
+      lora-unitune words
+      lora-unitune words --json
+    """
+    from lora_unitune.cli.words import pocket_words
+
+    kinds = pocket_words()
+    if as_json:
+        click.echo(json.dumps(kinds))
+        return
+    for kind, words in kinds.items():
+        click.echo(f"{kind:<10}{', '.join(words)}")
 
 
 @main.command("demo")

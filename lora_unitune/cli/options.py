@@ -90,10 +90,15 @@ def _setting_option(kind: type[Section], setting: dataclasses.Field[Any]) -> Cal
         setting=f"{kind.section}.{setting.name}",
         type=None if hint is bool else _type_of(hint, setting.metadata),
         default=None,
+        show_default=f"the recipe's, or {_shown_default(setting.default)}",
         metavar={int: "N", float: "X", str: "TEXT"}.get(hint),
         help=setting.metadata["help"],
     )
     return add
+
+
+def _shown_default(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _type_of(hint: Any, metadata: Any) -> click.ParamType[Any]:
@@ -143,7 +148,7 @@ recipe_option = click.option(
     type=FILE,
     metavar="NAME|FILE",
     shell_complete=_complete_recipe,
-    help="Name of a bundled recipe, or a TOML file; each base has a default.",
+    help=f"A TOML file or a bundled recipe: {', '.join(available_recipes())}. Each base has a default.",
 )
 set_option = click.option(
     "--set",

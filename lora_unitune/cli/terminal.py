@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _WRITTEN = "lora_unitune.written"
 """Key in the context's `meta`: the paths written so far."""
+_SECONDS_BETWEEN_LINES = 10.0
+"""Of progress where there is no terminal."""
 _MOST_NAMED = 4
 """For more files than this, the message after Ctrl-C names only the first and the last."""
 
@@ -194,6 +197,7 @@ class Display:
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task, self._stage = bar, task, ""
+        self._printed = 0.0
 
     def show(self, description: str, done: int, total: int) -> None:
         """Shows the progress of a stage.
@@ -208,7 +212,9 @@ class Display:
         if begins:
             self._bar.reset(self._task)
         self._bar.update(self._task, description=description, completed=done, total=total)
-        if self._bar.disable and (begins or done == total):
+        is_due = begins or done == total or time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES
+        if self._bar.disable and is_due:
+            self._printed = time.monotonic()
             click.echo(f"{description}: {done} of {total}", err=True)
 
     @contextmanager
@@ -223,7 +229,7 @@ class Display:
 
 @contextmanager
 def progress() -> Iterator[Display]:
-    """Shows a bar on standard error; if that isn't a terminal, a line for each new stage."""
+    """Shows a bar on standard error; if that isn't a terminal, a line for each new stage and every ten seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -27,6 +27,11 @@ from lora_unitune.training.prepare import prepare
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_LORA_TO_FULL = 40
+"""Learning rate of LoRA relative to that of all weights, in a recipe for LoRA that is used with method "full"."""
+_DIVERGED = 1.2
+"""Ratio of the last quarter's mean loss to the first's, from which a fit is taken as diverged."""
+
 
 def fit(
     photo: PhotoSource,
@@ -100,6 +105,11 @@ def fit(
                 layers.load_in_place(layers.slots(loaded), trained, settings.lora)
             history = train(prepared, loaded, settings, generator, on_step, on_note)
             tensors = _result(loaded, settings)
+        if on_note is not None and _has_diverged(history.losses):
+            rates = ", ".join(
+                f"lora.{p}.learning_rate ({s.learning_rate:g})" for p, s in settings.lora.items()
+            )
+            on_note(f"its loss rose from the first steps to the last, so the fit has diverged; lower {rates}")
     except torch.OutOfMemoryError as error:
         raise FitError(
             "memory ran out before the first step; close other programs, or pass device='cpu'"
@@ -119,6 +129,12 @@ def fit(
         photo_digest=read.digest,
         history=history.losses,
     )
+
+
+def _has_diverged(losses: Sequence[float]) -> bool:
+    """Returns whether the loss has risen; single losses differ by their noise levels, so quarters are compared."""
+    quarter = len(losses) // 4
+    return quarter > 1 and sum(losses[-quarter:]) > _DIVERGED * sum(losses[:quarter])
 
 
 def _as_saved(tensor: Tensor) -> Tensor:
@@ -189,7 +205,13 @@ def _settings(recipe: Recipe | str | Path | None, base: str | Base, overrides: s
         recipe = Recipe.load(recipe)
     elif recipe is None:
         recipe = default_recipe(name, family)
-    recipe = family.complete(recipe, overrides)
+    given = [overrides] if isinstance(overrides, str) else list(overrides)
+    if recipe.fit.method == "lora" and recipe.override(given).fit.method == "full":  # its rates are for LoRA
+        rates = {
+            part: each.learning_rate / _LORA_TO_FULL for part, each in family.complete(recipe).lora.items()
+        }
+        given = [*(f"lora.{part}.learning_rate={rate}" for part, rate in rates.items()), *given]
+    recipe = family.complete(recipe, given)
     lora = {part: replace(each, alpha=each.scale * each.rank) for part, each in recipe.lora.items()}
     return replace(recipe, lora=lora)
 
