@@ -27,10 +27,11 @@ from lora_unitune.training.prepare import prepare
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_LORA_TO_FULL = 40
+_LORA_TO_FULL = 20
 """Learning rate of LoRA relative to that of all weights, in a recipe for LoRA that is used with method "full"."""
-_DIVERGED = 1.2
-"""Ratio of the last quarter's mean loss to the first's, from which a fit is taken as diverged."""
+_DIVERGED = 0.5
+"""Mean loss of the last quarter of the steps from which a fit may have diverged, if it is above the first loss too.
+A prediction of nothing has a loss of about 1; single losses differ several times by their noise levels alone."""
 
 
 def fit(
@@ -105,11 +106,8 @@ def fit(
                 layers.load_in_place(layers.slots(loaded), trained, settings.lora)
             history = train(prepared, loaded, settings, generator, on_step, on_note)
             tensors = _result(loaded, settings)
-        if on_note is not None and _has_diverged(history.losses):
-            rates = ", ".join(
-                f"lora.{p}.learning_rate ({s.learning_rate:g})" for p, s in settings.lora.items()
-            )
-            on_note(f"its loss rose from the first steps to the last, so the fit has diverged; lower {rates}")
+        for note in _divergence(history.losses, settings) if on_note is not None else ():
+            on_note(note)  # type: ignore[misc]
     except torch.OutOfMemoryError as error:
         raise FitError(
             "memory ran out before the first step; close other programs, or pass device='cpu'"
@@ -131,10 +129,18 @@ def fit(
     )
 
 
-def _has_diverged(losses: Sequence[float]) -> bool:
-    """Returns whether the loss has risen; single losses differ by their noise levels, so quarters are compared."""
-    quarter = len(losses) // 4
-    return quarter > 1 and sum(losses[-quarter:]) > _DIVERGED * sum(losses[:quarter])
+def _divergence(losses: Sequence[float], recipe: Recipe) -> list[str]:
+    """Returns a note if the loss has risen above the first, which is that of the plain base."""
+    last = losses[-max(1, len(losses) // 4) :]
+    after = sum(last) / len(last)
+    if after <= max(_DIVERGED, 1.1 * losses[0]):
+        return []
+    rates = ", ".join(
+        f"lora.{part}.learning_rate ({each.learning_rate:g})" for part, each in recipe.lora.items()
+    )
+    return [
+        f"its loss rose from {losses[0]:.3g} to {after:.3g}, so the fit has probably diverged; lower {rates}"
+    ]
 
 
 def _as_saved(tensor: Tensor) -> Tensor:
