@@ -212,7 +212,9 @@ def _settings(recipe: Recipe | str | Path | None, base: str | Base, overrides: s
     elif recipe is None:
         recipe = default_recipe(name, family)
     given = [overrides] if isinstance(overrides, str) else list(overrides)
-    if recipe.fit.method == "lora" and recipe.override(given).fit.method == "full":  # its rates are for LoRA
+    if (
+        recipe.fit.method == "lora" and family.complete(recipe, given).fit.method == "full"
+    ):  # its rates are for LoRA
         rates = {
             part: each.learning_rate / _LORA_TO_FULL for part, each in family.complete(recipe).lora.items()
         }

@@ -118,3 +118,19 @@ def test_a_full_standard_output_is_one_true_line(tmp_path: Path, adapter_file: P
             )
             assert (f"; {out} is written" in line) == out.is_file() == (command[0] == "strip")
             out.unlink(missing_ok=True)
+
+
+def test_bytes_that_arent_utf8_are_one_line(tmp_path: Path, edit: list[str | Path]) -> None:
+    out = ("-o", tmp_path / "out.png")
+    for command in (
+        ("a fox \udcff",),
+        ("a fox", "--negative-prompt", "\udcff"),
+        ("a fox", "--trigger", "\udcff"),
+    ):
+        result = run(*edit, *command, *out)
+        assert result.exit_code == (0 if "--trigger" in command else 1)  # the file stores its own words
+        assert ("aren't UTF-8" in result.stderr) == (result.exit_code == 1)
+    assert (
+        run(*edit, "a fox, caf\udcc3\udca9", "-o", tmp_path / "c.png").exit_code == 0
+    )  # LC_ALL=C, but UTF-8
+    assert read_settings(tmp_path / "c.png")["prompt"] == "a fox, café"
