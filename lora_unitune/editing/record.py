@@ -142,7 +142,7 @@ def check_finite(pixels: Tensor) -> None:
     """
     if not pixels.isfinite().all():
         raise SettingError(
-            "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or take an edit.strength "
+            "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or edit with edit.strength "
             "below 1"
         )
 
