@@ -134,5 +134,9 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def _transformed(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
     """Converts from a colour profile to sRGB."""
-    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    srgb = ImageCms.createProfile("sRGB")
+    exact = (
+        ImageCms.Flags.NOOPTIMIZE if image.mode == "L" else ImageCms.Flags.NONE
+    )  # its table darkens dark grays
+    converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB", flags=exact)
     return image.convert("RGB") if converted is None else converted
