@@ -131,17 +131,19 @@ class Recipe:
         """Returns the recipe as TOML with every value written out."""
         return toml(self.to_dict())
 
-    def override(self, assignments: Sequence[str]) -> Recipe:
+    def override(self, assignments: str | Sequence[str]) -> Recipe:
         """Returns a copy with some settings replaced.
 
         Args:
-            assignments: Strings like "fit.steps=50", "lora.PART.targets=a,b" or "fit.precision=bf16".
+            assignments: One string, or several, like "fit.steps=50", "lora.PART.targets=a,b" or "fit.precision=bf16".
 
         Raises:
             RecipeError: An assignment isn't of that form, or its key, type or value isn't allowed.
         """
         changes: dict[str, Any] = {}
-        for assignment in assignments:
+        for assignment in (assignments,) if isinstance(assignments, str) else assignments:
+            if not isinstance(assignment, str):
+                raise RecipeError(f"overrides: {assignment!r} isn't text; write 'SECTION.KEY=VALUE'")
             name, equals, text = assignment.partition("=")
             section, dot, key = name.strip().rpartition(".")
             if not equals or not dot or not key:

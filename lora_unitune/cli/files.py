@@ -12,6 +12,7 @@ from lora_unitune.cli.options import (
     Share,
     adapter_argument,
     base_option,
+    check_ending,
     json_option,
     output_option,
     overwrite_option,
@@ -102,13 +103,16 @@ def convert_command(
     """
     from lora_unitune import convert
 
-    convert(adapter, layout, output, overwrite, sidecar)
+    if layout != "peft":
+        check_ending(output, ".safetensors")
+    with writing(output):
+        convert(adapter, layout, output, overwrite, sidecar)
     click.echo(json.dumps({"path": output, "layout": layout}) if as_json else f"{output}: layout of {layout}")
 
 
 @command("strip")
 @adapter_argument
-@output_option("FILE", "The adapter file to write.")
+@output_option("FILE", "The adapter file to write (.safetensors).", ".safetensors")
 @click.option("--keep-photo", is_flag=True, help="Keep the photo's latents, so that edits need no --photo.")
 @overwrite_option
 @json_option
@@ -125,7 +129,8 @@ def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, 
     from lora_unitune import describe
     from lora_unitune.adapter.convert import strip
 
-    strip(adapter, output, keep_photo, overwrite)
+    with writing(output):
+        strip(adapter, output, keep_photo, overwrite)
     described = describe(output)
     if as_json:
         click.echo(json.dumps({"path": output, "bytes": described["bytes"]}))
@@ -137,7 +142,7 @@ def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, 
 
 @command("compress")
 @adapter_argument
-@output_option("FILE", "The adapter file to write.")
+@output_option("FILE", "The adapter file to write (.safetensors).", ".safetensors")
 @click.option(
     "--keep",
     type=Share(0, 1, min_open=True),

@@ -62,7 +62,7 @@ class Family:
     signs: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
 
-    def complete(self, recipe: Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    def complete(self, recipe: Recipe, overrides: str | Sequence[str] = ()) -> Recipe:
         """Returns a recipe with settings for every part, missing ones filled with the family's defaults.
 
         Args:
