@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_unitune.errors import SettingError, one_line
 from lora_unitune.families.schedule import NoiseSchedule
 
 
@@ -33,14 +34,23 @@ class Sampler:
             steps: Steps of a full run.
             skip: Number of first steps to skip.
             device: Device of the samples.
+
+        Raises:
+            SettingError: The scheduler can't take that many steps.
         """
         self._scheduler = scheduler
-        scheduler.set_timesteps(steps, device=device)
+        try:
+            scheduler.set_timesteps(steps, device=device)
+        except ValueError as error:
+            raise SettingError(
+                f"edit.steps = {steps} is more than the base's scheduler {type(scheduler).__name__} takes "
+                f"({one_line(error)}); give fewer steps"
+            ) from error
         self._first = skip * scheduler.order
         self.timesteps: Tensor = scheduler.timesteps[self._first :]
         self.shares = [schedule.share(float(timestep)) for timestep in self.timesteps]
-        distinct, counts = self.timesteps.unique_consecutive(return_counts=True)
-        self.first_step = [int(end) - int(count) for end, count in zip(counts.cumsum(0), counts, strict=True)]
+        distinct = self.timesteps.unique().flip(0)
+        self.first_step = [int((self.timesteps == each).nonzero()[0]) for each in distinct]
         if schedule.prediction == "flow":
             self.levels = NoiseSchedule.flow(distinct / schedule.span[0], schedule.span[0])
         else:
@@ -78,7 +88,8 @@ class Sampler:
             generators: Generator of each sample, for stochastic samplers.
         """
         scheduler = self._scheduler
-        draws = "generator" in inspect.signature(scheduler.step).parameters
-        options = {"generator": list(generators)} if draws else {}
+        taken_options = inspect.signature(scheduler.step).parameters
+        given = {"generator": list(generators), "eta": 0.0}  # eta as the pipelines' default
+        options = {name: value for name, value in given.items() if name in taken_options}
         taken = scheduler.step(output, self.timesteps[step], noisy, **options, return_dict=False)
         return taken[0]  # type: ignore[no-any-return]

@@ -6,12 +6,18 @@ import re
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_unitune.errors import RecipeError
 from lora_unitune.families import FAMILIES, Condition, Size
+from lora_unitune.families.configuration import (
+    check_configuration,
+    check_scheduler,
+    corrected,
+    side_of,
+)
 from lora_unitune.families.loading import fingerprint_of, load_components, public_name, quiet
 from lora_unitune.families.quantize import place
 from lora_unitune.families.sampler import Sampler
@@ -46,11 +52,13 @@ _WHOLE_WORD = re.compile(r"(.+)</w>")
 class StableDiffusionBase:
     """A Stable Diffusion 1.x or 2.x base in memory; see `families.Base` for what each member means.
 
-    x0 is the VAE's latents times its scaling factor. The VAE stays in float32 whatever `dtype` is: it is small,
-    and half precision can overflow in it.
+    x0 is the VAE's latents, normalized and times the scaling factor. The VAE stays in float32 whatever `dtype` is:
+    it is small, and half precision can overflow in it.
     """
 
     family = FAMILIES["sd"]
+    _size_embeddings = False
+    _corrects_old_files = True  # as its pipeline does
 
     def __init__(
         self,
@@ -77,6 +85,9 @@ class StableDiffusionBase:
             quantize: Quantization of their linear layers, see `quantize.place`.
             **text_encoders: text_encoder, and text_encoder_2 if there is one, float32.
         """
+        texts = [text.config for text in text_encoders.values()]
+        check_configuration(name, unet.config, vae.config, texts, self._size_embeddings)
+        check_scheduler(name, scheduler)
         self.name = name
         self.device = device
         self.dtype = dtype
@@ -89,14 +100,14 @@ class StableDiffusionBase:
             part: place(module, device, dtype, quantize)
             for part, module in {"unet": unet, **text_encoders}.items()
         }
-        self._scheduler = _sampler_for(scheduler)
+        self._scheduler = corrected(scheduler) if self._corrects_old_files else scheduler
         self._schedule = NoiseSchedule.diffusion(
             self._scheduler.alphas_cumprod, self._scheduler.config["prediction_type"]
         )
         self._channels: int = unet.config["in_channels"]
         self._factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        sample_size = unet.config["sample_size"]
-        side = sample_size if isinstance(sample_size, int) else min(sample_size)
+        self._scale, self._shift = _normalizer(vae.config, device)
+        side = side_of(unet.config, self._corrects_old_files)
         self.size: Size = (side * self._factor, side * self._factor)
         self.size_step: int = self._factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
 
@@ -129,13 +140,12 @@ class StableDiffusionBase:
             Mean and standard deviation of the posterior, each (1, c, h, w) float32, times the scaling factor.
         """
         posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
-        scale = self.vae.config["scaling_factor"]
-        return posterior.mean * scale, posterior.std * scale
+        return (posterior.mean - self._shift) * self._scale, posterior.std * self._scale
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Decodes scaled latents (b, c, h, w) to images (b, 3, H, W) float32 in [0, 1]."""
-        unscaled = x0.to(self.device, torch.float32) / self.vae.config["scaling_factor"]
+        unscaled = x0.to(self.device, torch.float32) / self._scale + self._shift
         pixels: Tensor = self.vae.decode(unscaled).sample
         return (pixels / 2 + 0.5).clamp(0, 1)
 
@@ -189,10 +199,18 @@ class StableDiffusionBase:
 
     def sampler(self, steps: int, size: Size | None = None, skip: int = 0) -> Sampler:
         """Returns a new sampler of the class and with the settings of the base's scheduler."""
-        return Sampler(self.make_scheduler(), self._schedule, steps, skip, self.device)
+        return Sampler(self.make_scheduler(skip), self._schedule, steps, skip, self.device)
 
-    def make_scheduler(self) -> Any:
-        """Returns a new scheduler of diffusers, of the class and with the settings of the base's."""
+    def make_scheduler(self, skip: int = 0) -> Any:
+        """Returns a new scheduler of diffusers, of the class and with the settings of the base's.
+
+        PNDM can't skip steps, to start from a noised photo: then it is DDIM on the same noise levels.
+
+        Args:
+            skip: Number of first steps to skip.
+        """
+        if skip and isinstance(self._scheduler, PNDMScheduler):
+            return DDIMScheduler.from_config(self._scheduler.config, clip_sample=False)
         return type(self._scheduler).from_config(self._scheduler.config)
 
 
@@ -290,8 +308,10 @@ def _pick(config: Any, keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: config[key] for key in keys}
 
 
-def _sampler_for(scheduler: Any) -> Any:
-    """Replaces PNDM, which can't start from a noised photo, by DDIM on the same noise schedule."""
-    if type(scheduler).__name__ != "PNDMScheduler":
-        return scheduler
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+def _normalizer(config: Any, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
+    """Returns scale and shift of x0 = (latents - shift) * scale, each a number or (1, c, 1, 1)."""
+    scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return scale, 0.0
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+    return scale / std, mean

@@ -21,6 +21,8 @@ class StableDiffusionXLBase(StableDiffusionBase):
     """
 
     family = FAMILIES["sdxl"]
+    _size_embeddings = True
+    _corrects_old_files = False
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from lora_unitune.training.fit import fit
 def plain_pipeline(kind: Any, base: Base, folder: Path, file: Path) -> Any:
     pipeline = kind.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = base.make_scheduler()
+    pipeline.scheduler = base.make_scheduler(skip=int("Img2Img" in kind.__name__))
     pipeline.load_lora_weights(file)
     return pipeline
 

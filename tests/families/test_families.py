@@ -130,8 +130,9 @@ def test_each_scheduler_is_fresh_and_has_the_bases_schedule(base15: Base, base21
         first.set_timesteps(5)
         assert first is not second and second.num_inference_steps is None
         assert torch.equal(first.alphas_cumprod.sqrt(), base.schedule().alpha)
-        assert first.config.clip_sample is False and first.config.steps_offset == 1
-    assert type(base15.make_scheduler()).__name__ == "DDIMScheduler"  # the folder ships PNDM
+        assert not first.config.get("clip_sample") and first.config.steps_offset == 1
+    assert type(base15.make_scheduler()).__name__ == "PNDMScheduler"
+    assert type(base15.make_scheduler(skip=1)).__name__ == "DDIMScheduler", "PNDM can't start from a photo"
 
 
 def test_zero_terminal_snr_reaches_the_training_schedule(tiny_sd21: Path, tmp_path: Path) -> None:
