@@ -35,7 +35,6 @@ from lora_unitune.settings import EditSettings, check_whole
 F = TypeVar("F", bound=Callable[..., Any])
 
 _CPU_BATCH_PIXELS = 2**18  # maximum number of pixels in a batch on a CPU
-
 _RECONSTRUCTION = {"guidance": 1.0, "strength": 1.0, "residual": False, "details": False}
 
 
@@ -253,7 +252,7 @@ class Editor:
         self._mount.release()
 
     @_one_at_a_time
-    def open(self, place: str | Path, trigger: str = "") -> Adapter:
+    def open(self, place: str | Path, trigger: str | None = None) -> Adapter:
         """Loads an adapter as `Adapter.load` does; recently used ones stay in memory."""
         return self._cache.open(place, trigger)
 
@@ -343,10 +342,8 @@ class Editor:
         if adapter is not None:
             check_fits(adapter, self.base)
             if adapter.rare_tokens is None:
-                raise PromptError(
-                    "the adapter doesn't store rare tokens; open it with trigger='WORDS', which stand for its "
-                    "subject, or with trigger='' if it needs none"
-                )
+                way = "open it with trigger='WORDS', which stand for its subject, or trigger='' for none"
+                raise PromptError(f"the adapter doesn't store rare tokens; {way}")
         settings = chosen_settings(self.base, adapter, photo is not None, chosen)
         for seed in seeds:
             check_whole("seed", seed, 0)

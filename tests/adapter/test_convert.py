@@ -209,9 +209,12 @@ def test_convert_and_strip_on_the_command_line(adapter_file: Path, edit: list[An
     out = tmp_path / "out.png"
     assert run(*edit[:-1], folder, "a fox", "-o", out, "--strength", "1").exit_code == 0
     (folder / "unet" / "adapter_config.json").write_text("[" * 100_000)
-    assert "can't be read" in refused("convert", folder, "--to", "kohya", "-o", out, folder=tmp_path)
+    assert "can't be read" in refused(
+        "convert", folder, "--to", "kohya", "-o", tmp_path / "out.safetensors", folder=tmp_path
+    )
     (folder / "unet" / "adapter_config.json").unlink()
     (folder / "text_encoder" / "adapter_config.json").unlink()
+    out = tmp_path / "out.safetensors"
     assert "adapter_config.json" in refused("convert", folder, "--to", "kohya", "-o", out, folder=tmp_path)
 
 

@@ -170,7 +170,7 @@ def test_a_kohya_file_fills_other_tools_dialogs(adapter: Adapter, tmp_path: Path
     assert metadata["ss_sd_model_name"] == adapter.base and metadata["ss_resolution"] == "(32, 32)"
     assert "ss_base_model_version" not in metadata, "the width of this base is no model's"
     assert "already exists" in refused(
-        "convert", path, "--to", "kohya", "-o", tmp_path / "k", "--sidecar", folder=tmp_path
+        "convert", path, "--to", "kohya", "-o", tmp_path / "k.safetensors", "--sidecar", folder=tmp_path
     )
     with pytest.raises(SettingError, match="sidecar"):
         convert(path, "diffusers", tmp_path / "d", sidecar=True)
