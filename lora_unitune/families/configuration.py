@@ -123,7 +123,7 @@ def check_scheduler(name: str, scheduler: Any) -> None:
     if not isinstance(levels, torch.Tensor) or levels.shape != (config.get("num_train_timesteps"),):
         reason = "it has no noise levels alphas_cumprod"
     elif flows or prediction not in get_args(Prediction):
-        reason = f"it predicts {'the flow' if flows else prediction!r}"
+        reason = f"it predicts {'the flow' if flows else prediction}"
     else:
         try:
             reason = _trial(type(scheduler).from_config(config), len(levels))

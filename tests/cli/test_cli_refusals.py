@@ -208,7 +208,7 @@ def not_finite(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> No
 
 
 def without_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    del metadata["lora_unitune"]
+    del metadata["lora_unitune"], metadata["modelspec.trigger_phrase"]
 
 
 def from_the_future(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
