@@ -129,25 +129,21 @@ class Recipe:
 
     def to_toml(self) -> str:
         """Returns the recipe as TOML with every value written out."""
-        sections = self.to_dict()
-        parts = {f"lora.{part}": section for part, section in sections.pop("lora").items()}
-        blocks = []
-        for name, section in {**parts, **sections}.items():
-            lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
-            blocks.append("\n".join([f"[{name}]", *lines]))
-        return "\n\n".join(blocks) + "\n"
+        return toml(self.to_dict())
 
-    def override(self, assignments: Sequence[str]) -> Recipe:
+    def override(self, assignments: str | Sequence[str]) -> Recipe:
         """Returns a copy with some settings replaced.
 
         Args:
-            assignments: Strings like "fit.steps=50", "lora.PART.targets=a,b" or "fit.precision=bf16".
+            assignments: One string, or several, like "fit.steps=50", "lora.PART.targets=a,b" or "fit.precision=bf16".
 
         Raises:
             RecipeError: An assignment isn't of that form, or its key, type or value isn't allowed.
         """
         changes: dict[str, Any] = {}
-        for assignment in assignments:
+        for assignment in (assignments,) if isinstance(assignments, str) else assignments:
+            if not isinstance(assignment, str):
+                raise RecipeError(f"overrides: {assignment!r} isn't text; write 'SECTION.KEY=VALUE'")
             name, equals, text = assignment.partition("=")
             section, dot, key = name.strip().rpartition(".")
             if not equals or not dot or not key:
@@ -245,6 +241,19 @@ def _parse_value(text: str, kind: Any) -> Any:
         except ValueError:
             return text
     return text
+
+
+def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns sections of a recipe, as `Recipe.to_dict` returns them, as TOML."""
+    parts = {f"lora.{part}": section for part, section in sections["lora"].items()}
+    blocks = []
+    for name, section in {
+        **parts,
+        **{name: each for name, each in sections.items() if name != "lora"},
+    }.items():
+        lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
+        blocks.append("\n".join([f"[{name}]", *lines]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _toml_value(value: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from lora_unitune.errors import RecipeError
+from lora_unitune.errors import RecipeError, SettingError
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})|([1-9]\d{0,9})|", re.ASCII)
 
@@ -194,6 +194,16 @@ class EditSettings(Section):
         "Restore the photo's own pixels, in the edit's light, where the base can't draw them, and its fine detail "
         "where the edit keeps its structure; best from the photo itself, since an adapter holds only its latents.",
     )
+
+
+def check_whole(name: str, value: Any, low: int) -> None:
+    """Checks an argument that takes a whole number, such as a seed.
+
+    Raises:
+        SettingError: It is none from `low` to 2**63 - 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
+        raise SettingError(f"{name} = {value!r} isn't allowed; give a whole number from {low} to 2**63 - 1")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -19,12 +19,14 @@ Dials = dict[str, Any]
 """Hyperparameters of a method, by name."""
 RESCALE = 0.7  # guidance rescaling of every method with guidance (arXiv 2305.08891)
 STEPS = 25
-STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-GUIDANCES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.5, 10.0)
-STARTS = (0.0, 0.2, 0.4, 0.6)
-STOPS = (0.6, 0.8, 1.0)
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.5, 10.0)
+STARTS = (0.0, 0.2, 0.4, 0.6, 0.8)
+STOPS = (0.2, 0.4, 0.6, 0.8, 1.0)
 BOUNDS = {
     "strength": 1.0,
+    "guidance": 1.0,
+    "least_change": 0.0,
     "guidance_start": 0.0,
     "guidance_stop": 1.0,
     "skip": 0.0,

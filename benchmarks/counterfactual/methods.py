@@ -195,16 +195,14 @@ class TruthThroughVAE(Truth):
         return to_bytes(editor.base.decode(torch.cat(latents)))
 
 
-FULL = (
-    "fit.method=full",
-    "fit.steps=120",
-    "lora.unet.learning_rate=3e-4",
-    "lora.text_encoder.learning_rate=5e-5",
-)
-FULL_SCALES = (0.15, 0.05, 0.075, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6)
+FULL = ("fit.method=full", "lora.unet.learning_rate=1e-4", "lora.text_encoder.learning_rate=1e-3")
+FULL_RATES = {
+    "lora.unet.learning_rate": (1e-4, 3e-5, 5e-5, 2e-4, 3e-4, 1e-3),
+    "lora.text_encoder.learning_rate": (1e-3, 3e-4, 5e-4, 2e-3, 3e-3, 1e-2),
+}
 METHODS: dict[str, Method] = {
     "lora": UniTune(),
-    "full": UniTune(FULL, {"adapter_scale": FULL_SCALES}),
+    "full": UniTune(FULL, FULL_RATES),
     "no-fit": NoFit(),
     "sdedit": SDEdit(),
     "flowedit": FlowEdit(),

@@ -1,7 +1,8 @@
 """Tunes a method's hyperparameters on both tuning lists together, with the same budget for every method.
 
-Successive halving in two rounds (arXiv 1502.07943): random settings of the search space on the first quarter of
-the photos, then the best quarter of the settings on all of them.
+Successive halving (arXiv 1502.07943): random settings of the search space on the first quarter of the photos, then
+the best quarter of the settings on all of them. Once more from there: the settings that differ from the best in one
+hyperparameter by one value.
 """
 
 from __future__ import annotations
@@ -66,6 +67,18 @@ def settings_to_try(method: Method, trials: int) -> list[Dials]:
     return chosen
 
 
+def neighbors(method: Method, dials: Dials) -> list[Dials]:
+    """The settings that differ in one number by one value of the search space."""
+    found = []
+    for dial, values in method.grid.items():
+        if dials[dial] in (ordered := sorted(set(values))):
+            at = ordered.index(dials[dial])
+            found += [
+                dials | {dial: value} for value in (*ordered[max(at - 1, 0) : at], *ordered[at + 1 : at + 2])
+            ]
+    return [one for one in found if one.get("guidance_start", 0) < one.get("guidance_stop", 1)]
+
+
 def tune(name: str, count: int, trials: int, base: str, device: str) -> dict[str, Any]:
     """Searches a method's space; returns its best dials, those at an edge of the space, and all trials.
 
@@ -81,15 +94,21 @@ def tune(name: str, count: int, trials: int, base: str, device: str) -> dict[str
         method.kept = EDITS_OF_PHOTO * len(method.grid["unet_rate"])
     lists = {which: list(photos(draw_pairs(split, count))) for which, split in TUNING.items()}
     first = {which: math.ceil(len(groups) / 4) for which, groups in lists.items()}
-    tried = [Trial(dials) for dials in settings_to_try(method, trials)]
-    for which, groups in lists.items():
-        _evaluate(editor, name, tried, which, groups[: first[which]])
-    tried.sort(key=Trial.rank)
-    best = math.ceil(trials / 4)
-    for which, groups in lists.items():
-        _evaluate(editor, name, tried[:best], which, groups[first[which] :])
+    finished, dropped = list[Trial](), list[Trial]()
+    for _ in range(2):
+        seen = [trial.dials for trial in (*finished, *dropped)]
+        to_try = neighbors(method, seen[0]) if seen else settings_to_try(method, trials)
+        tried = [Trial(dials) for dials in to_try if dials not in seen]
+        for which, groups in lists.items():
+            _evaluate(editor, name, tried, which, groups[: first[which]])
+        tried.sort(key=Trial.rank)
+        best = math.ceil(len(tried) / 4)
+        for which, groups in lists.items():
+            _evaluate(editor, name, tried[:best], which, groups[first[which] :])
+        finished = sorted([*finished, *tried[:best]], key=Trial.rank)
+        dropped += tried[best:]
     editor.release()
-    tried[:best] = sorted(tried[:best], key=Trial.rank)
+    tried = [*finished, *sorted(dropped, key=Trial.rank)]
     return {
         "made": origin(editor.base.device) | {"base": editor.base.fingerprint, "pairs": count},
         "space": {dial: values for dial, values in method.grid.items() if len(values) > 1},

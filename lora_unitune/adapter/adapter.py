@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_unitune.adapter import hub, kohya
-from lora_unitune.adapter.checks import shown
+from lora_unitune.adapter.checks import is_line, shown
+from lora_unitune.adapter.compose import plain
 from lora_unitune.adapter.header import (
     FORMAT_VERSION,
     METADATA_CHECKS,
@@ -30,7 +31,6 @@ from lora_unitune.adapter.header import (
     PHOTO_KEY,
     RANKS_KEY,
     Content,
-    is_line,
     open_source,
     read_content,
 )
@@ -53,7 +53,7 @@ class Adapter:
     Attributes:
         tensors: Tensors by "<part>.<module>.lora_A.weight" and "...lora_B.weight" (method "lora"), or by
             "<part>.<parameter>" (method "full"); float32, on the CPU.
-        rare_tokens: The words that stand for the photo.
+        rare_tokens: The words that stand for the photo; "" if it needs none, None if the file doesn't say.
         recipe: Every setting of the fit, and the default settings of its edits.
         base: Name of the base it was fitted on, as the user specified it.
         fingerprint: Fingerprint of that base; "" for an adapter of another tool.
@@ -64,11 +64,14 @@ class Adapter:
         date: Day of the fit, YYYY-MM-DD, or "".
         family: Name of the base's family, a key of `FAMILIES`.
         photo_digest: 32 hexadecimal digits of the photo's upright sRGB pixels, or "".
+        prediction: What the base predicts, as diffusers names it, or "".
+        entries: Header entries of another tool's file, such as its author, which a conversion keeps.
+        notes: Notes for the user on what was read, one sentence each; not stored in the file.
         history: Loss of each step of the fit; not stored in the file.
     """
 
     tensors: dict[str, Tensor]
-    rare_tokens: str
+    rare_tokens: str | None
     recipe: Recipe
     base: str
     fingerprint: str
@@ -79,17 +82,20 @@ class Adapter:
     date: str = ""
     family: str = next(iter(FAMILIES))
     photo_digest: str = ""
+    prediction: str = ""
+    entries: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     history: tuple[float, ...] = ()
 
     @classmethod
-    def load(cls, place: str | Path, trigger: str = "") -> Adapter:
+    def load(cls, place: str | Path, trigger: str | None = None) -> Adapter:
         """Loads an adapter in any supported layout; safetensors only, never a pickle.
 
         Args:
-            place: Path of a file in diffusers' or kohya's layout, of this package or another tool, or of a
-                PEFT folder; or "hub://owner/name", followed by "/file.safetensors" if it has several files.
-            trigger: Trigger words of the adapter; needed for a file of another tool, which doesn't store
-                them.
+            place: Path of a file in diffusers', kohya's or PEFT's layout, of this package or another tool, or
+                of a PEFT folder; or "hub://owner/name", followed by "/file.safetensors" if it has several files.
+            trigger: Trigger words of the adapter, "" if it needs none; None takes those in the file, which
+                another tool may not have stored.
 
         Raises:
             AdapterFileError: The file doesn't exist, isn't an adapter, is damaged, or has the wrong tensors.
@@ -135,8 +141,12 @@ class Adapter:
             metadata |= entries
         elif self.recipe.fit.method == "lora" and dtype != torch.int8:
             metadata["lora_adapter_metadata"] = json.dumps(_diffusers_metadata(self), sort_keys=True)
+            tensors = {self.kind.names.in_file(key): tensor for key, tensor in tensors.items()}
         if self.fingerprint:
             metadata |= {METADATA_KEY: self.header(), **_modelspec(self, tensors)}
+        else:
+            metadata |= self.entries
+        metadata |= {key: kohya.alias(metadata[key]) for key in [kohya.ALIAS_KEY] if key in metadata}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata), overwrite)
 
     def push_to_hub(
@@ -196,7 +206,7 @@ class Adapter:
     @property
     def title(self) -> str:
         """Title shown in lists of models."""
-        return f"{self.rare_tokens}: one photo, on {self.base}".removeprefix(": ")
+        return f"{self.rare_tokens or ''}: one photo, on {self.base}".removeprefix(": ")
 
     def size_on(self, base: Base) -> Size:
         """Returns its images' (width, height) in pixels on a base; the base's own if it doesn't say."""
@@ -233,19 +243,41 @@ class Adapter:
         padded, lower = kohya.zero_padded(tensors, {part: settings.rank for part, settings in lora.items()})
         scales = {part: settings.scale for part, settings in lora.items()}
         renamed = kohya.to_kohya(padded, scales, self.kind)
-        version, _ = self._known_base or next(iter(self.kind.names.kinds.values()), ("", ""))
-        denoiser = lora[self.kind.denoiser]
-        alpha = denoiser.alpha or denoiser.rank
-        entries = kohya.header(renamed, denoiser.rank, alpha, self.title, version)
+        settings = next(each for each in (lora[self.kind.denoiser], *lora.values()) if each.rank)
+        entries = kohya.header(
+            renamed, settings.rank, settings.alpha or settings.rank, (self._known_base or [""])[0]
+        )
+        entries |= self._kohya_details()
         entries |= {} if photo is None else {PHOTO_KEY: kohya.photo_text(photo)}
         return renamed, entries | ({RANKS_KEY: json.dumps(lower, sort_keys=True)} if lower else {})
+
+    def _kohya_details(self) -> dict[str, str]:
+        """Returns the header entries that dialogs of other tools show."""
+        words, size = self.rare_tokens, self.size
+        tags = json.dumps({"photo": {words: 1}}) if words else ""
+        base = "" if self.base == "unknown" else self.base
+        resolution = "({}, {})".format(*size) if all(size) else ""
+        values = {"output_name": words or self.base, "sd_model_name": base, "tag_frequency": tags}
+        return {f"ss_{key}": text for key, text in {**values, "resolution": resolution}.items() if text}
+
+    def sidecar(self) -> dict[str, Any]:
+        """Returns the content of the JSON file beside an adapter that A1111, Forge and InvokeAI read."""
+        version = (self._known_base or [""])[0]
+        return {
+            "description": self.entries.get("modelspec.description", self.title),
+            "sd version": self.kind.names.in_dialogs.get(version, "Unknown"),
+            "activation text": self.rare_tokens or "",
+            "preferred weight": 1.0,
+            "notes": "",
+        }
 
     @property
     def _known_base(self) -> tuple[str, str] | None:
         """The base model's names in kohya's header and in ModelSpec, from the tensors or the family's only one."""
         names = self.kind.names
         only = next(iter(names.kinds.values())) if len(names.kinds) == 1 else None
-        return names.kind_of({key: tuple(tensor.shape) for key, tensor in self.tensors.items()}) or only
+        shapes = {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+        return names.kind_of(shapes, self.prediction) or only
 
     def _file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns the tensors as stored in a file, including the photo's latents."""
@@ -254,19 +286,19 @@ class Adapter:
         return {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
 
 
-def read(source: Source, trigger: str = "") -> Adapter:
+def read(source: Source, trigger: str | None = None) -> Adapter:
     """Reads an adapter's tensors, after all of its header has been checked.
 
     Args:
         source: The adapter's file or folder.
-        trigger: Trigger words of the adapter; empty takes those in the header.
+        trigger: Trigger words of the adapter, "" if it needs none; None takes those in the header.
 
     Raises:
         AdapterFileError: The source isn't an adapter, is damaged, or has the wrong tensors.
         SettingError: The trigger isn't one printable line.
     """
-    words = " ".join(trigger.split())
-    if words and not is_line(words):
+    words = None if trigger is None else " ".join(trigger.split())
+    if trigger and words and not is_line(words):
         raise SettingError(f"trigger = {trigger[:80]!r} isn't allowed; give one line of words")
     content = read_content(source)
     stored = source.tensors(content.keys.values())
@@ -274,14 +306,13 @@ def read(source: Source, trigger: str = "") -> Adapter:
     photo_latents = tensors.pop(PHOTO_KEY, _photo_of(content))
     photo = {} if photo_latents is None else {PHOTO_KEY: photo_latents}
     _check_finite(source.name, {**tensors, **photo})
-    if content.eight_bit:
-        tensors = unpack(tensors)
+    tensors = unpack(tensors) if content.eight_bit else plain(tensors)
     for layer, factor in content.factors.items():
         tensors[f"{layer}.lora_B.weight"] *= factor
     for layer, rank in content.ranks.items():
         tensors[f"{layer}.lora_A.weight"] = tensors[f"{layer}.lora_A.weight"][:rank].contiguous()
         tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"][:, :rank].contiguous()
-    values = content.values | ({"rare_tokens": words} if words else {})
+    values = content.values | ({} if words is None else {"rare_tokens": words})
     return Adapter(tensors=tensors, photo_latents=photo_latents, **values)
 
 
@@ -294,37 +325,6 @@ def _photo_of(content: Content) -> Tensor | None:
     return torch.frombuffer(bytearray(values), dtype=dtype).reshape(shape).float()
 
 
-def check_fits(adapter: Adapter, base: Base) -> None:
-    """Checks that an adapter was made for a base.
-
-    Raises:
-        AdapterFileError: The adapter was made for another base.
-    """
-    if not adapter.fingerprint:
-        return  # a file of another tool: only its tensors' names and shapes can be checked
-    if adapter.fingerprint != base.fingerprint:
-        raise AdapterFileError(
-            f"the adapter was made for base {adapter.base!r} ({adapter.fingerprint}) and this is "
-            f"{base.name!r} ({base.fingerprint}); choose that base, or fit the photo again on this one"
-        )
-
-
-def checked_photo(adapter: Adapter, base: Base) -> Tensor:
-    """Returns the photo's x0 of an adapter, (1, c, h, w) float32 on the base's device.
-
-    Raises:
-        AdapterFileError: It isn't there, or its shape doesn't match the adapter's size.
-    """
-    latents = adapter.photo_latents
-    shape = (1, *base.sample_shape(adapter.size_on(base)))
-    if latents is None or tuple(latents.shape) != shape:
-        actual = None if latents is None else tuple(latents.shape)
-        raise AdapterFileError(
-            f"the photo's latents in the adapter have shape {actual} instead of {shape}; fit it again"
-        )
-    return latents.to(base.device, torch.float32)
-
-
 def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns the entries of ModelSpec 1.0.1; `tensors` are those stored in the file."""
     _, kind = adapter._known_base or ("", adapter.base)
@@ -334,10 +334,12 @@ def _modelspec(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str
         "implementation": "diffusers",
         "title": adapter.title,
         "resolution": "{}x{}".format(*adapter.size),
-        "trigger_phrase": adapter.rare_tokens,
+        "trigger_phrase": adapter.rare_tokens or "",
         "hash_sha256": f"0x{kohya.content_hash(tensors)}",
     }
     entries |= {"date": adapter.date} if adapter.date else {}
+    predicted = {"epsilon": "epsilon", "v_prediction": "v"}.get(adapter.prediction)
+    entries |= {"prediction_type": predicted} if predicted else {}
     return {f"modelspec.{key}": value for key, value in entries.items()}
 
 

@@ -20,19 +20,19 @@ class AdapterCache:
             budget: Bytes of tensors that may stay in memory; 0 disables the cache.
         """
         self.budget = budget
-        self._kept: OrderedDict[tuple[str, str, int, int], Adapter] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str | None, int, int], Adapter] = OrderedDict()
 
     @property
     def size(self) -> int:
         """Bytes of the cached tensors."""
         return sum(_bytes(adapter) for adapter in self._kept.values())
 
-    def open(self, place: str | Path, trigger: str = "") -> Adapter:
+    def open(self, place: str | Path, trigger: str | None = None) -> Adapter:
         """Loads an adapter, as `Adapter.load` does.
 
         Args:
             place: Path of a file or a folder, or an address on the hub.
-            trigger: Trigger words of the adapter, if the file doesn't store them.
+            trigger: Trigger words of the adapter, if the file doesn't store them; "" if it needs none.
 
         Raises:
             AdapterFileError: The file can't be read, or isn't an adapter.

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_unitune.errors import AdapterFileError, one_line
 from lora_unitune.families import Family
@@ -103,7 +104,9 @@ def check_lora_tensors(
         if partner not in shapes:
             raise AdapterFileError(f"{name}: tensor {shown(partner)} is missing; {AGAIN}")
         inner = 0 if match["side"] == "A" else 1
-        is_matrix = len(shape) in (2, 4) and len(shapes[partner]) == len(shape) and 0 not in shape
+        is_matrix = (
+            len(shape) in (2, 4) and 0 not in shape and (match["side"] == "A" or set(shape[2:]) <= {1})
+        )
         if not is_matrix or shape[inner] > rank or shape[inner] != shapes[partner][1 - inner]:
             raise AdapterFileError(f"{name}: tensor {shown(key)} has shape {shape}, not rank {rank}; {AGAIN}")
     for part, settings in lora.items():
@@ -136,6 +139,11 @@ def check_full_tensors(
 
 def _is_of(part: str, key: str) -> bool:
     return key.startswith(f"{part}.")
+
+
+def is_line(value: Any) -> bool:
+    """Returns whether a value is one printable line of text."""
+    return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable() and not value.isspace()
 
 
 def shown(key: str) -> str:

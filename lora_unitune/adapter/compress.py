@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_unitune.adapter.adapter import Adapter, checked_photo
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.int8 import pack, unpack
 from lora_unitune.adapter.layers import slots
+from lora_unitune.adapter.suits import checked_photo
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Base, expanded
 
@@ -125,9 +126,15 @@ def compress(
     limit = None if to_bytes is None else to_bytes - 2 * _photo_numbers(adapter)
     chosen, kept = _chosen(layers, sizes, keep, limit)
     denoiser = adapter.kind.denoiser
-    if not any(ranks for ranks, layer in zip(chosen, layers, strict=True) if layer.part == denoiser):
+    if not any(len(layer.values) for layer in layers):
+        raise SettingError(
+            "all of the adapter's matrices are zero, so there is nothing to compress; fit it again"
+        )
+    needed = [layer.part == denoiser and len(layer.values) > 0 for layer in layers]
+    if not any(ranks for ranks, need in zip(chosen, needed, strict=True) if need or not any(needed)):
         limit_text = f"to_bytes = {to_bytes}" if keep is None else f"keep = {keep:g}"
-        raise SettingError(f"{limit_text} would leave no rank of any layer of the {denoiser}; give more")
+        of = f" of the {denoiser}" if any(needed) else ""
+        raise SettingError(f"{limit_text} would leave no rank of any layer{of}; give more")
     small = _put_together(adapter, layers, chosen)
     if eight_bit:
         small = replace(small, tensors=unpack(pack(small.tensors)))
@@ -210,7 +217,7 @@ def _probes(base: Base, adapter: Adapter) -> tuple[Tensor, Tensor, str]:
     photo = None if adapter.photo_latents is None else checked_photo(adapter, base)
     clean = torch.zeros(shape) if photo is None else photo.cpu().expand(shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return schedule.add_noise(clean, noise, index), schedule.timesteps[index], adapter.rare_tokens
+    return schedule.add_noise(clean, noise, index), schedule.timesteps[index], adapter.rare_tokens or ""
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,19 +14,26 @@ from lora_unitune.adapter.header import open_source
 from lora_unitune.adapter.peft import write_folder
 from lora_unitune.adapter.source import Source
 from lora_unitune.errors import SettingError
+from lora_unitune.output import check_output, write_atomically
 from lora_unitune.settings import FitSettings, PromptSettings
 
 Layout = Literal["diffusers", "kohya", "peft"]
 
 
-def convert(place: str | Path, layout: Layout, output: str | Path, overwrite: bool = False) -> None:
+def convert(
+    place: str | Path, layout: Layout, output: str | Path, overwrite: bool = False, sidecar: bool = False
+) -> None:
     """Writes an adapter in another layout; its tensors keep their values and their dtype.
+
+    Author, license, tags, trigger words and the like in a file of another tool are kept.
 
     Args:
         place: Path of an adapter in any layout, or its address on the hub.
         layout: "diffusers", "kohya" (one file each), or "peft" (a folder with a subfolder for each part).
         output: Path of the file, or of the folder.
         overwrite: Whether an existing file or folder may be replaced.
+        sidecar: Whether to write a JSON file beside a file in kohya's layout, with the trigger words for A1111,
+            Forge and InvokeAI.
 
     Raises:
         SettingError: The layout is unknown, or the adapter's method is "full", which only diffusers' supports.
@@ -35,12 +43,24 @@ def convert(place: str | Path, layout: Layout, output: str | Path, overwrite: bo
     """
     if layout not in get_args(Layout):
         raise SettingError(f"layout = {layout!r} is unknown; choose one of {', '.join(get_args(Layout))}")
+    beside = Path(output).with_suffix(".json")
+    if sidecar and layout != "kohya":
+        raise SettingError("a sidecar is for the layout 'kohya'; leave it out")
+    if sidecar:
+        check_output(beside, overwrite)
     source = open_source(place)
     adapter, dtype = read(source), _stored_dtype(source)
     if layout == "peft":
         write_folder(adapter, Path(output), dtype, overwrite)
     else:
         adapter.save(output, overwrite, dtype, layout)
+    if sidecar:
+        content = json.dumps(adapter.sidecar(), indent=1).encode()
+        write_atomically(beside, lambda temporary: _write(temporary, content), overwrite)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overwrite: bool = False) -> None:
@@ -73,6 +93,7 @@ def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overw
         base=adapter.base if is_public else "unknown",
         photo_latents=adapter.photo_latents if keep_photo else None,
         photo_digest="",
+        entries={},
         seed=0,
         seconds=0.0,
         date="",
@@ -84,5 +105,8 @@ def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overw
 def _stored_dtype(source: Source) -> torch.dtype:
     """Returns the dtype of an adapter's tensors: float32 if they differ, and float16 for int8."""
     formats = {entry.format for key, entry in source.entries.items() if not key.endswith(".alpha")}
+    formats = {
+        "F16" if name.startswith("F8") else name for name in formats
+    }  # a larger dtype that holds all of it
     only = {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}
     return only.get(frozenset(formats - {"I8"}), torch.float32)

@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_unitune.adapter import kohya
 from lora_unitune.adapter.checks import (
     AGAIN,
     check_full_tensors,
     check_lora_tensors,
     check_stages,
+    is_line,
     shown,
 )
-from lora_unitune.adapter.foreign import family_of, foreign_values
+from lora_unitune.adapter.compose import plain_shapes
+from lora_unitune.adapter.foreign import family_of, foreign_values, lora_of, remade, stated_base
 from lora_unitune.adapter.int8 import INT8_SUFFIX, SCALES_KEY, rank_axis
-from lora_unitune.adapter.peft import read_folder
-from lora_unitune.adapter.source import Source, read_file
+from lora_unitune.adapter.peft import CONFIG, WEIGHTS, read_folder
+from lora_unitune.adapter.source import FLOATS, NUMBERS, Source, read_file
+from lora_unitune.adapter.spelling import SKIPPED, check_is_lora, our_key
 from lora_unitune.adapter.versions import from_version_1
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import FAMILIES, Family
@@ -39,7 +41,7 @@ RANKS_KEY = "lora_unitune.ranks"
 
 _DATE = re.compile(r"(\d{4}-\d{2}-\d{2})?", re.ASCII)
 _DIGEST = re.compile(r"([0-9a-f]{32})?", re.ASCII)
-_DTYPES = ("F16", "BF16", "F32")
+_WORD = re.compile(r"\w{0,32}", re.ASCII)
 _LONGEST_SIDE = 65536
 
 
@@ -99,7 +101,11 @@ def open_source(place: str | Path) -> Source:
         HubError: The hub can't be reached, or has no such file.
     """
     path = locate(place)
-    return read_folder(path) if _is_folder(path) else read_file(path, str(place))
+    if _is_folder(path):
+        return read_folder(path)
+    if path.name == WEIGHTS and path.with_name(CONFIG).is_file():
+        return read_folder(path.parent)  # the alphas are in the other file
+    return read_file(path, str(place))
 
 
 def _is_folder(path: Path) -> bool:
@@ -115,53 +121,90 @@ def read_content(source: Source) -> Content:
     Raises:
         AdapterFileError: The source isn't an adapter, or has the wrong tensors.
     """
-    name, stored, metadata = source.name, source.shapes, source.metadata
-    alphas = {key for key, shape in stored.items() if key.endswith(".alpha") and shape in ((), (1,))}
-    _check_formats(source, alphas)
+    name, metadata = source.name, source.metadata
+    stored = {key: shape for key, shape in source.shapes.items() if not SKIPPED.match(key)}
+    notes: tuple[str, ...] = (
+        ("its embeddings (bundle_emb) are ignored",) if len(stored) < len(source.entries) else ()
+    )
+    alphas = {key for key, shape in stored.items() if key.endswith(".alpha") and math.prod(shape) == 1}
     eight_bit = SCALES_KEY in stored
+    if METADATA_KEY not in metadata:
+        check_is_lora(name, list(stored))
+    _check_formats(source, alphas)
     if eight_bit:
         _check_eight_bit(name, stored)
     values = _checked_values(name, metadata) if METADATA_KEY in metadata else None
-    family = FAMILIES[values["family"]] if values else family_of(stored)
+    family = FAMILIES[values["family"]] if values else family_of(stored, metadata)
     check_stages(name, stored, family)
-    keys = _our_keys(name, stored, family)
-    shapes = {ours: stored[key] for ours, key in keys.items() if key not in alphas}
+    keys = _our_keys(name, stored, family, stated_base(metadata))
+    shapes, layer_ranks = plain_shapes(
+        name, {ours: stored[key] for ours, key in keys.items() if key not in alphas}
+    )
     photo_shape = shapes.get(PHOTO_KEY, (1, 1, 1, 1))
     if len(photo_shape) != 4 or photo_shape[0] != 1 or 0 in photo_shape:
         raise AdapterFileError(
             f"{name}: tensor {PHOTO_KEY!r} has shape {photo_shape}, not (1, c, h, w); {AGAIN}"
         )
     weights = {key: shape for key, shape in shapes.items() if key not in (PHOTO_KEY, SCALES_KEY)}
-    version, factors = None, dict[str, float]()
+    numbers = {ours.removesuffix(".alpha"): source.number(key) for ours, key in keys.items() if key in alphas}
+    for layer, rank in layer_ranks.items():  # alpha / rank is that of the original rank
+        numbers[layer] = numbers.get(layer, rank) * weights[f"{layer}.lora_A.weight"][0] / rank
+    version, factors, ranks = None, dict[str, float](), dict[str, int]()
     if values is None:
-        numbers = {
-            ours.removesuffix(".alpha"): source.number(key) for ours, key in keys.items() if key in alphas
-        }
-        values, factors = foreign_values(name, weights, metadata, numbers, family)
+        lora, factors = lora_of(name, weights, metadata, numbers, family)
+        values = foreign_values(metadata, family, lora)
     else:
         version, recipe = values.pop("format_version"), values["recipe"]
-        if recipe.fit.method == "lora":
-            check_lora_tensors(name, weights, recipe.lora, family)
-        else:
+        if recipe.fit.method == "full":
             check_full_tensors(name, weights, recipe.lora)
+        elif numbers and not _fits(name, weights, recipe, numbers, family):
+            lora, factors = lora_of(name, weights, {}, numbers, family)
+            values["recipe"] = remade(recipe, lora)
+            notes += (
+                "another tool changed its ranks or alphas: they are those of its tensors, not of its header",
+            )
+        else:
+            check_lora_tensors(name, weights, recipe.lora, family)
+            ranks = _ranks_in(name, metadata, weights)
     return Content(
         source=source,
         keys={ours: key for ours, key in keys.items() if key not in alphas},
         shapes=shapes,
-        values=values,
+        values=values | {"notes": notes},
         version=version,
         factors=factors,
         photo=_photo_in(name, metadata),
-        ranks=_ranks_in(name, metadata, weights),
+        ranks=ranks,
         eight_bit=eight_bit,
+    )
+
+
+def _fits(
+    name: str,
+    weights: Mapping[str, tuple[int, ...]],
+    recipe: Recipe,
+    alphas: Mapping[str, float],
+    family: Family,
+) -> bool:
+    """Returns whether a header's recipe is that of the tensors, in a layout that stores alphas beside them."""
+    try:
+        check_lora_tensors(name, weights, recipe.lora, family)
+    except AdapterFileError:
+        return not all(key.rsplit(".", 2)[0] in alphas for key in weights)  # then its tensors are incomplete
+    return all(
+        math.isclose(
+            alphas.get(layer, math.nan), recipe.lora[layer.partition(".")[0]].scale * shape[0], rel_tol=0.01
+        )
+        for key, shape in weights.items()
+        if ".lora_A." in key and (layer := key.rsplit(".", 2)[0]) in alphas
     )
 
 
 def _check_formats(source: Source, alphas: set[str]) -> None:
     """Checks that every tensor has an allowed dtype."""
     for key, entry in source.entries.items():
-        allowed: tuple[str, ...] = ("I8",) if key.endswith(INT8_SUFFIX) else _DTYPES
-        if entry.format not in (*allowed, "F64") if key in alphas else entry.format not in allowed:
+        allowed = ("I8",) if key.endswith(INT8_SUFFIX) else NUMBERS if key in alphas else FLOATS
+        if entry.format not in allowed and not SKIPPED.match(key):
             raise AdapterFileError(
                 f"{source.name}: tensor {shown(key)} is {_printable(entry.format)}; allowed are {', '.join(allowed)}"
             )
@@ -185,19 +228,20 @@ def _check_eight_bit(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def _our_keys(name: str, stored: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, str]:
+def _our_keys(
+    name: str, stored: Mapping[str, tuple[int, ...]], family: Family, stated: str
+) -> dict[str, str]:
     """Returns key in this package -> key in the file, for each tensor."""
     keys: dict[str, str] = {}
     for key in stored:
         ours = (
-            f"{key.removesuffix(INT8_SUFFIX)}.weight"
-            if key.endswith(INT8_SUFFIX)
-            else kohya.our_key(key, family)
+            f"{key.removesuffix(INT8_SUFFIX)}.weight" if key.endswith(INT8_SUFFIX) else our_key(key, family)
         )
         if ours is None:
             raise AdapterFileError(
-                f"{name}: tensor {shown(key)} is of a layer that {family.title} doesn't have; give an adapter "
-                f"for {' or '.join(row.title for row in FAMILIES.values())}"
+                f"{name}: tensor {shown(key)} is of a layer that {family.title} doesn't have"
+                + (f", and its header says that it is for {shown(stated)}" if stated else "")
+                + f"; give an adapter for {' or '.join(row.title for row in FAMILIES.values())}"
             )
         if ours in keys:
             raise AdapterFileError(f"{name}: tensor {shown(key)} is in it twice, under two names; {AGAIN}")
@@ -268,11 +312,6 @@ def _ranks_in(
     return dict(ranks)
 
 
-def is_line(value: Any) -> bool:
-    """Returns whether a value is one printable line of text."""
-    return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable() and not value.isspace()
-
-
 def _is_whole(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
@@ -301,5 +340,6 @@ METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
 OPTIONAL_CHECKS: dict[str, Callable[[Any], bool]] = {
     "date": lambda value: isinstance(value, str) and bool(_DATE.fullmatch(value)),
     "photo_digest": lambda value: isinstance(value, str) and bool(_DIGEST.fullmatch(value)),
+    "prediction": lambda value: isinstance(value, str) and bool(_WORD.fullmatch(value)),
 }
 """Optional fields, and their checks."""

@@ -69,8 +69,8 @@ def prepare_push(
     if len(pictures) > _MOST_PICTURES:
         raise SettingError(f"there are {len(pictures)} pictures; a card shows up to {_MOST_PICTURES}")
     described = describe(path)
-    if not described["rare_tokens"]:
-        raise SettingError(f"{path} doesn't store rare tokens; push a file that lora-unitune fitted")
+    if described["format_version"] is None:
+        raise SettingError(f"{path} is of another tool; push a file that lora-unitune fitted")
     if not Path(path).is_file():
         raise AdapterFileError(f"{path} isn't one file; convert it to diffusers' layout and push that")
     files = {Path(path).name: Path(path).read_bytes()}
@@ -95,7 +95,9 @@ def model_card(described: dict[str, Any], repo: str, license: str, pictures: Seq
     head = [f"license: {license}", "library_name: diffusers", "tags: [lora, text-to-image, lora-unitune]"]
     head += [f"instance_prompt: {json.dumps(tokens)}"]
     head += [f"base_model: {json.dumps(base)}"] if _REPO.fullmatch(base) else []
-    fit = described["recipe"]["fit"]
+    steps = f", {described['steps']} steps" if described["steps"] is not None else ""
+    named = "BASE" if base == "unknown" else _cell(base)
+    photo = "" if described["photo_embedded"] else " --photo photo.png"
     ranks = ", ".join(f"{part} {rank}" for part, rank in described["ranks"].items())
     lines = ["---", *head, "---", "", f"# {repo.partition('/')[2]}", ""]
     lines += ["A LoRA adapter of one photo, fitted by lora-unitune (UniTune, arXiv 2210.09477).", ""]
@@ -105,12 +107,12 @@ def model_card(described: dict[str, Any], repo: str, license: str, pictures: Seq
         "| --- | --- |",
         f"| trigger phrase | `{_cell(tokens)}` |",
         f"| base | `{_cell(base)}`, fingerprint `{_cell(described['fingerprint'])}` |",
-        f"| method | {described['method']}, rank {ranks or 'full'}, {fit['steps']} steps |",
+        f"| method | {described['method']}, rank {ranks or 'full'}{steps} |",
         f"| resolution | {'x'.join(map(str, described['size']))} pixels |",
         f"| size | {described['bytes']} bytes |",
         "",
         "```",
-        f'lora-unitune edit {SCHEME}{repo} "an edit in words" -o out.png --base {_cell(base)}',
+        f'lora-unitune edit {SCHEME}{repo} "an edit in words" -o out.png --base {named}{photo}',
         "```",
         "",
         f"In diffusers: `pipeline.load_lora_weights({repo!r}, weight_name={name!r})`, with the trigger",

@@ -22,28 +22,10 @@ if TYPE_CHECKING:
 
 SIDES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
-_KEY = re.compile(r"(?P<layer>lora_[^.]+)\.(?P<what>lora_down\.weight|lora_up\.weight|alpha)")
-_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
+ALIAS_KEY = "ss_output_name"
+"""Header entry with the name that A1111 and Forge take for a file."""
+
 _LEGACY_PART = (0x100000, 0x110000)  # bytes of a file that kohya's older hash covers
-
-
-def our_key(key: str, family: Family) -> str | None:
-    """Returns a tensor's key in this package; that of an alpha ends in ".alpha".
-
-    A key that isn't in kohya's layout is only renamed to its current spelling.
-
-    Args:
-        key: The tensor's key in a file.
-        family: Family of the file's base.
-
-    Returns:
-        The key; None for a layer in kohya's layout that the family doesn't have.
-    """
-    match = _KEY.fullmatch(key)
-    if not match:
-        return family.names.current(key)
-    layer = family.names.from_kohya(match["layer"], family.denoiser)
-    return f"{layer}.{_ENDS[match['what']]}" if layer else None
 
 
 def zero_padded(
@@ -97,17 +79,14 @@ def to_kohya(tensors: Mapping[str, Tensor], scales: Mapping[str, float], family:
     return dict(sorted(renamed.items()))
 
 
-def header(
-    tensors: Mapping[str, Tensor], rank: int, alpha: float, title: str, version: str
-) -> dict[str, str]:
+def header(tensors: Mapping[str, Tensor], rank: int, alpha: float, version: str) -> dict[str, str]:
     """Returns the ss_ and sshs_ entries that tools of this layout look for.
 
     Args:
         tensors: As `to_kohya` returns them.
         rank: The largest rank of the denoiser's layers.
         alpha: Alpha of the layers with that rank.
-        title: Title shown in lists of models.
-        version: Name of the base model in kohya's header, such as "sd_v1".
+        version: Name of the base model in kohya's header, such as "sd_v1"; "" if unknown.
     """
     from safetensors.torch import save
 
@@ -115,13 +94,19 @@ def header(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
-        "ss_base_model_version": version,
-        "ss_v2": str("_v2" in version),  # redundant with the version, but read by kohya's tools
-        "ss_output_name": title,
     }
+    if any(tensor.ndim == 4 and tensor.shape[-1] > 1 for tensor in tensors.values()):
+        entries["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": f"{alpha:g}"})
+    if version:  # ss_v2 is redundant, but read by kohya's tools
+        entries |= {"ss_base_model_version": version, "ss_v2": str("_v2" in version)}
     whole = save(dict(tensors), entries)
     legacy = hashlib.sha256(whole[slice(*_LEGACY_PART)]).hexdigest()[:8]
     return {**entries, "sshs_model_hash": content_hash(tensors), "sshs_legacy_hash": legacy}
+
+
+def alias(text: str) -> str:
+    """Returns a name that survives the syntax `<lora:name:1>` of A1111 and Forge."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("_") or "adapter"
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -147,6 +147,8 @@ def load_in_place(
 ) -> None:
     """Copies an adapter's tensors into attached adapters of the same or a higher rank, zero-padded.
 
+    A convolution's tensors may be matrices, and a linear layer's those of a 1 x 1 convolution.
+
     Args:
         weights: Parameters of the attached adapters, as returned by `slots`.
         tensors: Tensors to copy, as returned by `collect`; any dtype.
@@ -164,6 +166,7 @@ def load_in_place(
         raise AdapterFileError(
             f"the adapter's tensor '{key}' has no place in the base; use the base it was made for"
         )
+    tensors = {key: _like(tensor, weights[key], rank_axis(key)) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         shape, wanted = tensor.shape, weights[key].shape
         inner = rank_axis(key)
@@ -183,6 +186,15 @@ def load_in_place(
             if rank:
                 weight.narrow(inner, 0, rank).copy_(tensors[key])
             weight.narrow(inner, rank, weight.shape[inner] - rank).zero_()
+
+
+def _like(tensor: Tensor, weight: Tensor, rank_axis: int) -> Tensor:
+    """Returns a tensor with the dimensions of a weight, if only their number differs."""
+    shape = list(weight.shape)
+    shape[rank_axis] = tensor.shape[rank_axis]
+    return (
+        tensor.reshape(shape) if tensor.ndim != weight.ndim and tensor.numel() == math.prod(shape) else tensor
+    )
 
 
 def can_hold(

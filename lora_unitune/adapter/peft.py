@@ -41,7 +41,7 @@ def read_folder(folder: Path) -> Source:
     parts = {part: folder / part for part in known if (folder / part / CONFIG).is_file()}
     denoiser = next(iter(FAMILIES.values())).denoiser
     if not parts and (folder / CONFIG).is_file():
-        parts = {denoiser: folder}
+        parts = {"": folder}
     if not parts:
         raise AdapterFileError(f"{folder} has no {CONFIG} in it, nor in a folder {denoiser} of it; {_AGAIN}")
     entries: dict[str, Entry] = {}
@@ -49,8 +49,12 @@ def read_folder(folder: Path) -> Source:
     size = 0
     for part, place in parts.items():
         weights = read_file(place / WEIGHTS, str(place / WEIGHTS))
-        entries |= {f"{part}.{key.removeprefix(_PREFIX)}": entry for key, entry in weights.entries.items()}
-        config |= {f"{part}.{key}": value for key, value in _config_of(place / CONFIG).items()}
+        start = f"{part}." if part else ""  # without a part, the layers' names say which it is
+        entries |= {f"{start}{key.removeprefix(_PREFIX)}": entry for key, entry in weights.entries.items()}
+        of_part = _config_of(place / CONFIG)
+        config |= {
+            f"{each}.{key}": value for each in ([part] if part else known) for key, value in of_part.items()
+        }
         size += weights.bytes + (place / CONFIG).stat().st_size
     metadata = {"lora_adapter_metadata": json.dumps(config)}
     if (folder / REST).is_file():
@@ -126,6 +130,8 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
     if adapter.fingerprint:
         photo = {} if adapter.photo_latents is None else {PHOTO_KEY: adapter.photo_latents.to(dtype)}
         save_file(photo, folder / REST, {METADATA_KEY: adapter.header()})
+    elif adapter.entries:
+        save_file({}, folder / REST, dict(adapter.entries))
 
 
 def _peft_config(adapter: Adapter, part: str) -> dict[str, Any]:

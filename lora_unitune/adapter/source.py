@@ -22,10 +22,23 @@ from lora_unitune.adapter.checks import check_is_safetensors, damaged
 if TYPE_CHECKING:
     from torch import Tensor
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}
-"""Dtypes that a file may use, as safetensors names them -> bytes per element."""
+FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+"""Dtypes of tensors, as safetensors names them."""
 
-_STRUCT = {"F64": "<d", "F32": "<f", "F16": "<e"}
+_STRUCT = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b"}
+_STRUCT |= {"U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B"}
+
+NUMBERS = tuple(dict.fromkeys((*FLOATS, *_STRUCT)))
+"""Dtypes of single numbers, such as alphas."""
+
+BYTES = {
+    **{name: struct.calcsize(code) for name, code in _STRUCT.items()},
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+"""Dtypes that a file may use -> bytes per element."""
+
 _METADATA = "__metadata__"
 _MOST_AXES = 8  # dimensions of a tensor
 
@@ -83,8 +96,12 @@ class Source:
                 content = file.read(BYTES[entry.format])
             if entry.format == "BF16":  # the upper half of a float32
                 return float(struct.unpack("<f", b"\0\0" + content)[0])
+            if entry.format == "F8_E5M2":  # the upper half of a float16
+                return float(struct.unpack("<e", b"\0" + content)[0])
+            if entry.format == "F8_E4M3":
+                return _from_e4m3(content[0])
             return float(struct.unpack(_STRUCT[entry.format], content)[0])
-        except (OSError, struct.error) as error:
+        except (OSError, struct.error, IndexError) as error:
             raise damaged(self.name, error) from error
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -104,6 +121,15 @@ class Source:
             except (OSError, SafetensorError) as error:
                 raise damaged(self.name, error) from error
         return tensors
+
+
+def _from_e4m3(byte: int) -> float:
+    """Returns the number that a float of 8 bits holds: a sign, 4 bits of exponent and 3 of mantissa."""
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return math.nan
+    size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+    return -size if byte >> 7 else size
 
 
 def read_file(path: Path, name: str) -> Source:

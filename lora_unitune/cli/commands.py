@@ -20,6 +20,7 @@ from lora_unitune.cli.imports import load_libraries
 from lora_unitune.cli.options import (
     FILE,
     FOLDER,
+    TEXT,
     adapter_argument,
     base_option,
     device_option,
@@ -33,7 +34,8 @@ from lora_unitune.cli.options import (
     set_option,
     settings_options,
 )
-from lora_unitune.cli.terminal import Commands, bytes_text, print_notes, progress, shown, writing
+from lora_unitune.cli.terminal import Commands, bytes_text, check_apart, print_notes, progress, shown, writing
+from lora_unitune.editing.record import PICTURES
 from lora_unitune.settings import EditSettings, FitSettings
 
 _BATCH = 4
@@ -66,15 +68,9 @@ for _command in (inspect_command, convert_command, strip_command, compress_comma
     main.add_command(_command)
 
 
-def _png_name(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    if not value.lower().endswith(".png"):
-        raise click.BadParameter(f"{value!r} has to end in .png; only a PNG stores the settings too.")
-    return value
-
-
 @main.command("fit")
 @click.argument("photo", metavar="PHOTO", type=FILE)
-@output_option("FILE", "The adapter file to write (.safetensors).")
+@output_option("FILE", "The adapter file to write (.safetensors).", ".safetensors")
 @fit_base_option
 @recipe_option
 @set_option
@@ -89,6 +85,7 @@ def _png_name(ctx: click.Context, option: click.Parameter, value: str) -> str:
 @click.option(
     "--embed-photo/--no-embed-photo",
     default=True,
+    show_default=True,
     help="Embed the photo's latents in the file, or leave them out; then edits need --photo.",
 )
 @seed_option
@@ -157,8 +154,8 @@ def fit_command(
 
 @main.command("edit")
 @adapter_argument
-@click.argument("prompt", metavar="PROMPT")
-@output_option("FILE", "The PNG to write; see -n.", callback=_png_name)
+@click.argument("prompt", metavar="PROMPT", type=TEXT)
+@output_option("FILE", "The PNG, JPEG or WebP to write; see -n.", *PICTURES)
 @click.option(
     "-n",
     "--count",
@@ -170,7 +167,11 @@ def fit_command(
 )
 @seed_option
 @click.option(
-    "--negative-prompt", default="", metavar="TEXT", help="Negative prompt: what the image should not show."
+    "--negative-prompt",
+    type=TEXT,
+    default="",
+    metavar="TEXT",
+    help="Negative prompt: what the image should not show.",
 )
 @settings_options(EditSettings)
 @click.option(
@@ -178,9 +179,9 @@ def fit_command(
 )
 @click.option(
     "--trigger",
-    default="",
+    type=TEXT,
     metavar="WORDS",
-    help="Trigger words of the adapter, if ADAPTER doesn't store them.",
+    help='Trigger words of the adapter, if ADAPTER doesn\'t store them; "" if it needs none.',
 )
 @base_option
 @device_option
@@ -194,7 +195,7 @@ def edit_command(
     seed: int,
     negative_prompt: str,
     photo: str | None,
-    trigger: str,
+    trigger: str | None,
     base: str | None,
     device: str,
     overwrite: bool,
@@ -204,7 +205,7 @@ def edit_command(
     """Edit the photo of ADAPTER according to PROMPT.
 
     ADAPTER is a file that fit wrote, or hub://OWNER/NAME. PROMPT describes the edit alone: the rare tokens of
-    the photo are stored in the file, and so are the default settings. Each PNG stores all settings that it was
+    the photo are stored in the file, and so are the default settings. Each image stores all settings that it was
     made with. A LoRA of another tool (a kohya or diffusers file, or a PEFT folder) needs --trigger and --base.
 
     \b
@@ -218,6 +219,7 @@ def edit_command(
     seeds, out = range(seed, seed + count), Path(output)
     paths = [out] if count == 1 else [out.with_name(f"{out.stem}-{each}{out.suffix}") for each in seeds]
     for path in paths:
+        check_apart(path)
         check_output(path, overwrite)
     images: list[dict[str, Any]] = []
     with progress() as display:
@@ -277,6 +279,28 @@ def doctor_command(device: str, as_json: bool) -> None:
     for name, value in report.items():
         click.echo(f"{name.replace('_', ' '):<18}{shown(value)}")
     print_notes(notes)
+
+
+@main.command("words")
+@json_option
+def words_command(as_json: bool) -> None:
+    """List what prompts for pocket, the bundled base, can say, by kind.
+
+    pocket learned these words alone; others change the picture at random.
+
+    \b
+    Examples:
+      lora-unitune words
+      lora-unitune words --json
+    """
+    from lora_unitune.cli.words import pocket_words
+
+    kinds = pocket_words()
+    if as_json:
+        click.echo(json.dumps(kinds))
+        return
+    for kind, words in kinds.items():
+        click.echo(f"{kind:<10}{', '.join(words)}")
 
 
 @main.command("demo")

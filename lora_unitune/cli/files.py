@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +12,7 @@ from lora_unitune.cli.options import (
     Share,
     adapter_argument,
     base_option,
+    check_ending,
     json_option,
     located,
     output_option,
@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 
 @command("inspect")
 @adapter_argument
+@click.option(
+    "--for",
+    "tool",
+    type=click.Choice(["diffusers", "comfyui", "a1111"]),
+    help="Fail if this tool (a1111: Forge too) doesn't read all of the file.",
+)
 @json_option
-def inspect_command(adapter: str, as_json: bool) -> None:
+def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
     """Describe ADAPTER, without loading its base model.
 
     ADAPTER is a file, a PEFT folder, or hub://OWNER/NAME.
@@ -35,20 +41,34 @@ def inspect_command(adapter: str, as_json: bool) -> None:
     \b
     Examples:
       lora-unitune inspect photo.safetensors
+      lora-unitune inspect photo.safetensors --for comfyui
       lora-unitune inspect photo.safetensors --json
     """
-    from lora_unitune import Recipe, describe
+    from lora_unitune import describe
+    from lora_unitune.recipe import toml
 
+    if tool is not None:
+        from lora_unitune.adapter.header import open_source
+        from lora_unitune.adapter.tools import check_tool
+
+        check_tool(tool, open_source(adapter))
     summary = describe(adapter)
     if as_json:
         click.echo(json.dumps(summary))
         return
-    recipe = Recipe.from_dict(summary.pop("recipe"))
+    recipe = summary.pop("recipe")
     for name, value in summary.items():
-        text = size_text(value) if name == "size" else shown(value)
-        click.echo(f"{name.replace('_', ' '):<16}{text}")
-    click.echo("recipe")
-    for line in recipe.to_toml().splitlines():
+        text = (
+            size_text(value)
+            if name == "size" and value
+            else "unknown"
+            if value in (None, "")
+            else shown(value)
+        )
+        if value or name not in ("entries", "notes"):
+            click.echo(f"{name.replace('_', ' '):<16}{text}")
+    click.echo("recipe" if recipe else "recipe          unknown")
+    for line in toml(recipe).splitlines() if recipe else ():
         click.echo(f"  {line}".rstrip())
 
 
@@ -62,10 +82,19 @@ def inspect_command(adapter: str, as_json: bool) -> None:
     help="kohya is for ComfyUI and A1111; diffusers is the layout that fit writes; peft writes a folder.",
 )
 @output_option("PATH", "The file to write; for peft, the folder.")
+@click.option(
+    "--sidecar",
+    is_flag=True,
+    help="For kohya: also write the JSON file beside it from which A1111, Forge and InvokeAI take the trigger words.",
+)
 @overwrite_option
 @json_option
-def convert_command(adapter: str, layout: Layout, output: str, overwrite: bool, as_json: bool) -> None:
+def convert_command(
+    adapter: str, layout: Layout, output: str, sidecar: bool, overwrite: bool, as_json: bool
+) -> None:
     """Convert ADAPTER to another tool's layout, without loss.
+
+    Author, license, tags and trigger words in a file of another tool are kept.
 
     \b
     Examples:
@@ -75,13 +104,16 @@ def convert_command(adapter: str, layout: Layout, output: str, overwrite: bool, 
     """
     from lora_unitune import convert
 
-    convert(adapter, layout, output, overwrite)
+    if layout != "peft":
+        check_ending(output, ".safetensors")
+    with writing(output):
+        convert(adapter, layout, output, overwrite, sidecar)
     click.echo(json.dumps({"path": output, "layout": layout}) if as_json else f"{output}: layout of {layout}")
 
 
 @command("strip")
 @adapter_argument
-@output_option("FILE", "The adapter file to write.")
+@output_option("FILE", "The adapter file to write (.safetensors).", ".safetensors")
 @click.option("--keep-photo", is_flag=True, help="Keep the photo's latents, so that edits need no --photo.")
 @overwrite_option
 @json_option
@@ -95,23 +127,28 @@ def strip_command(adapter: str, output: str, keep_photo: bool, overwrite: bool, 
       lora-unitune strip photo.safetensors -o bare.safetensors
       lora-unitune strip photo.safetensors -o bare.safetensors --keep-photo
     """
+    from lora_unitune import describe
     from lora_unitune.adapter.convert import strip
 
-    strip(adapter, output, keep_photo, overwrite)
-    written = Path(output).stat().st_size
-    click.echo(
-        json.dumps({"path": output, "bytes": written}) if as_json else f"{output}: {bytes_text(written)}"
-    )
+    with writing(output):
+        strip(adapter, output, keep_photo, overwrite)
+    described = describe(output)
+    if as_json:
+        click.echo(json.dumps({"path": output, "bytes": described["bytes"]}))
+        return
+    lacks_photo = described["format_version"] is not None and not described["photo_embedded"]
+    hint = ", without the photo: edits need --photo; --keep-photo keeps it" if lacks_photo else ""
+    click.echo(f"{output}: {bytes_text(described['bytes'])}{hint}")
 
 
 @command("compress")
 @adapter_argument
-@output_option("FILE", "The adapter file to write.")
+@output_option("FILE", "The adapter file to write (.safetensors).", ".safetensors")
 @click.option(
     "--keep",
     type=Share(0, 1, min_open=True),
     metavar="X",
-    help="Share of the total importance of all ranks to keep, such as 0.99.",
+    help="Share of the ranks' total squared effect to keep, such as 0.99.",
 )
 @click.option("--to-bytes", type=click.IntRange(1), metavar="N", help="Maximum size of the tensors in bytes.")
 @click.option(
@@ -130,11 +167,10 @@ def compress_command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Compress ADAPTER by removing the ranks with the least importance per byte.
+    """Compress ADAPTER by removing the ranks with the least effect per byte.
 
-    With its base (pocket, or --base), a rank's importance is its squared effect on the base's predictions of
-    the photo, and the command prints how much of the adapter's effect is lost. Without a base, it is the squared
-    singular value.
+    With its base (pocket, or --base), a rank's effect is that on the base's predictions of the photo, and the
+    command prints how much of the whole effect is lost. Without a base, the singular values stand for it.
 
     \b
     Examples:
@@ -163,10 +199,14 @@ def compress_command(
         values = {"path": output, "bytes": after, "kept": result.kept, "ranks": ranks, "effect_lost": lost}
         click.echo(json.dumps(values))
         return
+    kept = (
+        f"{100 * (1 - result.kept):.2f} % of their squares"
+        if lost is None
+        else f"{100 * lost:.1f} % of the effect"
+    )
     click.echo(
         f"{output}: {bytes_text(after)} instead of {bytes_text(before)}, {result.ranks[1]} of "
-        f"{result.ranks[0]} ranks, {100 * result.kept:.2f} % of their importance"
-        + (f", {100 * lost:.1f} % of the adapter's effect lost" if lost is not None else "")
+        f"{result.ranks[0]} ranks, {kept} lost"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
@@ -24,6 +25,16 @@ class Place(click.Path):
         return value
 
 
+class Text(click.ParamType[str]):
+    """Text as UTF-8, whatever the locale says; the library refuses bytes that are none."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+TEXT = Text()
 FILE = Place()
 FOLDER = Place(file_okay=False)
 
@@ -80,10 +91,15 @@ def _setting_option(kind: type[Section], setting: dataclasses.Field[Any]) -> Cal
         setting=f"{kind.section}.{setting.name}",
         type=None if hint is bool else _type_of(hint, setting.metadata),
         default=None,
+        show_default=f"the recipe's, or {_shown_default(setting.default)}",
         metavar={int: "N", float: "X", str: "TEXT"}.get(hint),
         help=setting.metadata["help"],
     )
     return add
+
+
+def _shown_default(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _type_of(hint: Any, metadata: Any) -> click.ParamType[Any]:
@@ -126,6 +142,7 @@ def _base_options(help: str, **more: Any) -> Callable[[F], F]:
             )(command)
         return click.option(
             "--base",
+            type=FILE,
             metavar="NAME|FOLDER|FILE|HUB_ID",
             shell_complete=_complete_base,
             help=help,
@@ -157,13 +174,15 @@ fit_base_option = _base_options("The base model to fit.", default="pocket", show
 base_option = _base_options("The base model that the adapter was fitted on; needed unless it is pocket.")
 recipe_option = click.option(
     "--recipe",
+    type=FILE,
     metavar="NAME|FILE",
     shell_complete=_complete_recipe,
-    help="Name of a bundled recipe, or a TOML file; each base has a default.",
+    help=f"A TOML file or a bundled recipe: {', '.join(available_recipes())}. Each base has a default.",
 )
 set_option = click.option(
     "--set",
     "overrides",
+    type=TEXT,
     multiple=True,
     metavar="KEY=VALUE",
     help="Change one setting of the recipe, such as fit.steps=50; may be repeated.",
@@ -190,8 +209,31 @@ json_option = click.option(
 adapter_argument = click.argument("adapter", metavar="ADAPTER", type=FILE)
 
 
-def output_option(metavar: str, help: str, **more: Any) -> Callable[[F], F]:
-    """Returns the decorator that adds -o, the path of the file or the folder to write."""
-    settings = {"required": True, "type": FILE, **more}
+def check_ending(path: str, *endings: str) -> None:
+    """Checks the end of an output's name, such as ".png".
+
+    Raises:
+        BadParameter: The name ends otherwise.
+    """
+    if not path.lower().endswith(endings) and not Path(path).is_dir():  # the library refuses a folder
+        raise click.BadParameter(f"{path!r} has to end in {' or '.join(endings)}.", param_hint="'-o'")
+
+
+def output_option(metavar: str, help: str, *endings: str, **more: Any) -> Callable[[F], F]:
+    """Returns the decorator that adds -o, the path of the file or the folder to write.
+
+    Args:
+        metavar: What stands for the path in the help.
+        help: The option's help.
+        *endings: Allowed ends of a file's name, such as ".png"; none allows every name.
+        **more: Other arguments of the option.
+    """
+
+    def checked(ctx: click.Context, option: click.Parameter, value: str) -> str:
+        if endings:
+            check_ending(value, *endings)
+        return value
+
+    settings = {"required": True, "type": FILE, "callback": checked, **more}
     add: Callable[[F], F] = click.option("-o", "--output", metavar=metavar, help=help, **settings)
     return add

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
+import io
 import logging
+import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +21,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from lora_unitune import UnituneError
+from lora_unitune import OutputError, UnituneError
 from lora_unitune.cli.messages import in_options
+from lora_unitune.cli.options import Place
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _WRITTEN = "lora_unitune.written"
 """Key in the context's `meta`: the paths written so far."""
+_SECONDS_BETWEEN_LINES = 10.0
+"""Of progress where there is no terminal."""
 _MOST_NAMED = 4
 """For more files than this, the message after Ctrl-C names only the first and the last."""
 
@@ -54,9 +62,36 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            if isinstance(ctx.params.get("output"), str):
+                check_apart(Path(ctx.params["output"]))
             return super().invoke(ctx)
         except UnituneError as error:
             raise Failed(f"error: {in_options(str(error), self, ctx.params)}") from error
+
+
+def check_apart(output: Path) -> None:
+    """Checks that an output isn't one of the current command's inputs, by this or another name, or inside one.
+
+    Raises:
+        OutputError: It is one.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        is_input = isinstance(parameter.type, Place) and parameter.name != "output" and value != "pocket"
+        for each in value if isinstance(value, tuple) else (value,) if value and is_input else ():
+            if _is_or_holds(Path(each), output):
+                raise OutputError(
+                    f"{output} is, or is inside, {each}, which the command reads; choose another name"
+                )
+
+
+def _is_or_holds(place: Path, output: Path) -> bool:
+    """Returns whether an existing output is the file, or is inside the folder, at a place."""
+    with contextlib.suppress(OSError, ValueError):
+        inside = place.is_dir() and place.resolve() in output.resolve().parents
+        return output.exists() and (inside or output.samefile(place))
+    return False
 
 
 command = partial(click.command, cls=Command)
@@ -67,6 +102,12 @@ class Commands(click.Group):
     """The group of all commands; wrong usage, errors and Ctrl-C are reported as one line on standard error."""
 
     command_class = Command
+
+    def main(self, *arguments: Any, **more: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # other characters than its encoding has
+        return super().main(*arguments, **more)
 
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
         with _one_line():
@@ -96,6 +137,15 @@ def _one_line() -> Iterator[None]:
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "lora-unitune"
         raise WrongUse(f"error: {error.format_message()} See {path} --help") from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader has seen enough; click ends the program
+            raise
+        context = click.get_current_context(silent=True)
+        with contextlib.suppress(OSError, ValueError):  # what is still in the buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        place = error.filename or "standard output"
+        done = f"; {_what_is_written(context)}" if context else ""
+        raise Failed(f"error: {place} can't be read or written ({error.strerror or error}){done}") from None
 
 
 @contextmanager
@@ -147,6 +197,7 @@ class Display:
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task, self._stage = bar, task, ""
+        self._printed = 0.0
 
     def show(self, description: str, done: int, total: int) -> None:
         """Shows the progress of a stage.
@@ -161,7 +212,9 @@ class Display:
         if begins:
             self._bar.reset(self._task)
         self._bar.update(self._task, description=description, completed=done, total=total)
-        if self._bar.disable and (begins or done == total):
+        is_due = begins or done == total or time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES
+        if self._bar.disable and is_due:
+            self._printed = time.monotonic()
             click.echo(f"{description}: {done} of {total}", err=True)
 
     @contextmanager
@@ -176,7 +229,7 @@ class Display:
 
 @contextmanager
 def progress() -> Iterator[Display]:
-    """Shows a bar on standard error; if that isn't a terminal, a line for each new stage."""
+    """Shows a bar on standard error; if that isn't a terminal, a line for each new stage and every ten seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -15,33 +18,47 @@ from torch import Tensor
 
 from lora_unitune import __version__
 from lora_unitune.adapter import layers
-from lora_unitune.adapter.adapter import Adapter, check_fits, checked_photo
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
-from lora_unitune.editing.record import Edit
+from lora_unitune.adapter.suits import check_fits, checked_photo
+from lora_unitune.editing.prompts import checked_text, prompt_notes
+from lora_unitune.editing.record import Edit, check_finite, repeatable, to_image
 from lora_unitune.editing.sampling import doubt, sample_edit
-from lora_unitune.editing.start import Source, Start, starting_point
-from lora_unitune.errors import DeviceError, PromptError, RecipeError, SettingError
+from lora_unitune.editing.start import Start, chosen_settings, starting_point
+from lora_unitune.errors import DeviceError, PromptError, SettingError
 from lora_unitune.families import Base, BaseFiles, Condition, joined, load_base
 from lora_unitune.photo.details import restore
-from lora_unitune.settings import EditSettings, make_section
+from lora_unitune.photo.opening import PhotoSource
+from lora_unitune.settings import EditSettings, check_whole
 
-_LARGEST_SEED = 2**63 - 1
+F = TypeVar("F", bound=Callable[..., Any])
+
 _CPU_BATCH_PIXELS = 2**18  # maximum number of pixels in a batch on a CPU
-
 _RECONSTRUCTION = {"guidance": 1.0, "strength": 1.0, "residual": False, "details": False}
-_BEFORE = {"residual": False, "details": False, "least_change": 0.0}  # of edits older than these settings
+
+
+def _one_at_a_time(method: F) -> F:
+    """Makes a method of an Editor wait while another thread is in one."""
+
+    @functools.wraps(method)
+    def waiting(self: Editor, *arguments: Any, **more: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **more)
+
+    return waiting  # type: ignore[return-value]
 
 
 class Editor:
     """Keeps a base in memory and edits photos with one adapter after another.
 
-    Adapters are hot-swapped in place. While an Editor uses a base, nothing else may modify that base; `release`,
-    or leaving the `with` block of `with Editor(...) as editor`, restores it bit for bit.
+    Adapters are hot-swapped in place. Threads may share an Editor; it samples for one at a time. While an
+    Editor uses a base, nothing else may modify that base; `release`, or leaving the `with` block of `with
+    Editor(...) as editor`, restores it bit for bit.
     """
 
     def __init__(
-        self, base: str | BaseFiles | Base = "pocket", device: str = "auto", cache: int = 2**28
+        self, base: str | Path | BaseFiles | Base = "pocket", device: str = "auto", cache: int = 2**28
     ) -> None:
         """Loads the base, unless it is passed in memory.
 
@@ -54,8 +71,9 @@ class Editor:
             BaseModelError: The base is unknown, broken, or of a family that isn't supported.
             DeviceError: The device isn't available.
         """
-        self.open = AdapterCache(cache).open
-        self.base: Base = load_base(base, device) if isinstance(base, (str, BaseFiles)) else base
+        self._cache = AdapterCache(cache)
+        self._lock = threading.RLock()
+        self.base: Base = base if isinstance(base, Base) else load_base(base, device)
         self._mount = Mount(self.base)
         self._doubted: tuple[Tensor, Tensor] | None = None
 
@@ -67,18 +85,19 @@ class Editor:
 
     def edit(
         self,
-        adapter: Adapter | None,
+        adapter: Adapter | str | Path | None,
         prompt: str,
         *,
-        negative_prompt: str = "",
-        photo: Source | None = None,
+        negative_prompt: str | None = "",
+        photo: PhotoSource | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> Edit:
         """Edits the adapter's photo according to a prompt.
 
         Args:
-            adapter: Adapter of the photo; None samples from the plain base, without rare tokens.
+            adapter: Adapter of the photo, or the path of its file; None samples from the plain base, without
+                rare tokens.
             prompt: Description of the edited image; the rare tokens are prepended.
             negative_prompt: Prompt of the unconditional prediction of guidance, instead of the empty prompt.
             photo: The photo to start from, instead of the one in the adapter file.
@@ -99,7 +118,7 @@ class Editor:
 
     def edit_many(
         self,
-        adapter: Adapter | None,
+        adapter: Adapter | str | Path | None,
         prompt: str,
         count: int,
         seed: int = 0,
@@ -120,20 +139,19 @@ class Editor:
         Raises:
             UnituneError: As for `edit`.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise SettingError(f"count = {count!r} isn't allowed; give a whole number from 1")
-        _check_seed(seed + count - 1 if isinstance(seed, int) else seed)
+        check_whole("count", count, 1)
+        check_whole("seed", seed, 0)
         seeds = [seed + index for index in range(count)]
         return list(self.edits(adapter, prompt, seeds, batch_size=batch_size, **settings))
 
     def edits(
         self,
-        adapter: Adapter | None,
+        adapter: Adapter | str | Path | None,
         prompt: str,
         seeds: Sequence[int],
         *,
-        negative_prompt: str = "",
-        photo: Source | None = None,
+        negative_prompt: str | None = "",
+        photo: PhotoSource | None = None,
         batch_size: int = 1,
         **settings: Any,
     ) -> Iterator[Edit]:
@@ -153,12 +171,20 @@ class Editor:
         Raises:
             UnituneError: As for `edit`.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not checked_text("prompt", prompt).strip():
             raise PromptError("the prompt is empty; say in a few words what the photo should become")
+        if isinstance(seeds, int):
+            raise SettingError(f"seeds = {seeds} isn't allowed; give a list, such as [{seeds}]")
+        check_whole("batch_size", batch_size, 1)
         yield from self._run(adapter, prompt, negative_prompt, photo, seeds, settings, batch_size)
 
     def reconstruct(
-        self, adapter: Adapter, *, seed: int = 0, steps: int | None = None, adapter_scale: float = 1.0
+        self,
+        adapter: Adapter | str | Path,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        adapter_scale: float = 1.0,
     ) -> Edit:
         """Samples the photo from noise and the rare tokens alone, without guidance, to show what the fit learned.
 
@@ -176,7 +202,12 @@ class Editor:
         settings = {"steps": steps, "adapter_scale": adapter_scale, **_RECONSTRUCTION}
         return next(self._run(adapter, "", "", None, [seed], settings, trained=True))
 
-    def repeat(self, adapter: Adapter | None, settings: dict[str, Any], photo: Source | None = None) -> Edit:
+    def repeat(
+        self,
+        adapter: Adapter | str | Path | None,
+        settings: dict[str, Any],
+        photo: PhotoSource | None = None,
+    ) -> Edit:
         """Repeats an edit exactly.
 
         Args:
@@ -188,28 +219,16 @@ class Editor:
             SettingError: A setting is missing or wrong, or the edit was made with another base or adapter.
             UnituneError: As for `edit`.
         """
-        names = [field.name for field in dataclasses.fields(EditSettings)]
-        if settings.get("strength") == 1 and "details" not in settings:  # releases before 0.3
-            settings = {**settings, "residual": False}
-        settings = {**_BEFORE, **settings}
-        needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
-        missing = [name for name in needed if name not in settings]
-        if missing:
-            raise SettingError(
-                f"the settings lack {', '.join(missing)}; use the complete settings of an edit"
-            )
-        ours = (self.base.fingerprint, adapter.digest if adapter else None)
-        if (settings["fingerprint"], settings["adapter"]) != ours:
-            raise SettingError("the edit was made with another base or adapter; repeat it with the same ones")
-        if settings["photo"] == "given" and photo is None:
-            raise SettingError("the edit started from a photo that was given with it; give that photo again")
-        chosen = {name: settings[name] for name in names}
+        adapter = self._opened(adapter)
+        settings = repeatable(settings, self.base.fingerprint, adapter, has_photo=photo is not None)
+        chosen = {field.name: settings[field.name] for field in dataclasses.fields(EditSettings)}
         prompt, negative_prompt, seed = (settings[name] for name in ("prompt", "negative_prompt", "seed"))
         trained = not prompt  # only reconstructions have none
         return next(self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained))
 
+    @_one_at_a_time
     @torch.no_grad()
-    def photo_round_trip(self, adapter: Adapter) -> Image.Image:
+    def photo_round_trip(self, adapter: Adapter | str | Path) -> Image.Image:
         """Decodes the photo's latents in an adapter: the autoencoder's reconstruction, an upper bound for edits.
 
         Args:
@@ -219,15 +238,33 @@ class Editor:
             SettingError: The adapter doesn't hold its photo.
             AdapterFileError: The adapter was made for another base.
         """
-        check_fits(adapter, self.base)
-        if adapter.photo_latents is None:
+        opened = self._opened(adapter)
+        if opened is None or opened.photo_latents is None:
             raise SettingError("the adapter doesn't hold its photo; fit it again with embed_photo=True")
-        return _to_image(self.base.decode(checked_photo(adapter, self.base))[0])
+        check_fits(opened, self.base)
+        return to_image(self.base.decode(checked_photo(opened, self.base))[0])
 
+    @_one_at_a_time
     def release(self) -> None:
         """Restores the base as it was before the first edit, bit for bit."""
         self._mount.release()
 
+    @_one_at_a_time
+    def open(self, place: str | Path, trigger: str | None = None) -> Adapter:
+        """Loads an adapter as `Adapter.load` does; recently used ones stay in memory."""
+        return self._cache.open(place, trigger)
+
+    def _opened(self, adapter: Any) -> Adapter | None:
+        """Returns an adapter in memory; a path is loaded."""
+        if isinstance(adapter, (str, Path)):
+            return self.open(adapter)
+        if adapter is None or isinstance(adapter, Adapter):
+            return adapter
+        raise SettingError(
+            f"adapter = {type(adapter).__name__} isn't allowed; give what fit returns, or a file's path"
+        )
+
+    @_one_at_a_time
     @torch.no_grad()
     def pixels(
         self,
@@ -239,7 +276,7 @@ class Editor:
         settings: EditSettings,
         trained: bool = False,
     ) -> Tensor:
-        """Samples a batch of images from complete prompts and settings.
+        """Samples a batch of images from complete prompts and settings, for one thread at a time.
 
         Args:
             adapter: The adapter; None for the plain base.
@@ -260,8 +297,9 @@ class Editor:
         self._mount.use(adapter, adapter.trained_scale(scale) if adapter and trained else scale)
         once: dict[str, Condition] = {text: self.base.condition(text) for text in dict.fromkeys(texts)}
         conditional = joined(*(once[text] for text in texts))
+        words = (adapter.rare_tokens if adapter else None) or ""
         needs_rare = settings.residual or settings.unconditional == "rare"
-        rare = self.base.condition(adapter.rare_tokens if adapter else "") if needs_rare else None
+        rare = self.base.condition(words) if needs_rare else None
         if settings.unconditional == "rare" and rare is not None:
             empty = rare
         else:
@@ -271,6 +309,7 @@ class Editor:
         source = rare if settings.residual else None
         x0 = sample_edit(self.base, size, conditional, source, empty, photo, seeds, settings)
         images = self.base.decode(x0)
+        check_finite(images)
         if doubted is None or photo is None:
             return images
         redraw = self.base.decode(photo)
@@ -286,10 +325,10 @@ class Editor:
 
     def _run(
         self,
-        adapter: Adapter | None,
+        adapter: Adapter | str | Path | None,
         prompt: str,
-        negative_prompt: str,
-        photo: Source | None,
+        negative_prompt: str | None,
+        photo: PhotoSource | None,
         seeds: Sequence[int],
         chosen: dict[str, Any],
         batch_size: int = 1,
@@ -297,21 +336,25 @@ class Editor:
     ) -> Iterator[Edit]:
         """Checks the settings, samples in batches, and yields the edits."""
         started = time.perf_counter()
+        adapter = self._opened(adapter)
         if adapter is not None:
             check_fits(adapter, self.base)
-            if not adapter.rare_tokens:
-                raise PromptError(
-                    "the adapter doesn't store rare tokens; open it with trigger='WORDS', which stand for its subject"
-                )
-        settings = self._settings(adapter, photo is not None, chosen)
+            if adapter.rare_tokens is None:
+                way = "open it with trigger='WORDS', which stand for its subject, or trigger='' for none"
+                raise PromptError(f"the adapter doesn't store rare tokens; {way}")
+        settings = chosen_settings(self.base, adapter, photo is not None, chosen)
         for seed in seeds:
-            _check_seed(seed)
-        text = " ".join(part for part in (adapter.rare_tokens if adapter else "", prompt) if part)
-        notes = [*self._cut_note("prompt", text), *self._cut_note("negative prompt", negative_prompt)]
+            check_whole("seed", seed, 0)
+        negative_prompt = checked_text("negative_prompt", negative_prompt)
+        words = (adapter.rare_tokens if adapter else None) or ""
+        text = checked_text("trigger or prompt", " ".join(part for part in (words, prompt) if part))
+        notes = [f"the adapter: {note}" for note in adapter.notes] if adapter else []
+        with self._lock:
+            notes += prompt_notes(self.base, prompt=text, negative_prompt=negative_prompt)
+            start = starting_point(self.base, adapter, photo, settings)
         if negative_prompt and (settings.guidance == 1 or settings.unconditional == "rare"):
             why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
             notes.append(f"{why}, so the negative prompt has no effect")
-        start = starting_point(self.base, adapter, photo, settings)
         size, notes = start.size, [*notes, *start.notes]
         record = {
             "lora_unitune": __version__,
@@ -320,7 +363,7 @@ class Editor:
             "base": self.base.name,
             "fingerprint": self.base.fingerprint,
             "adapter": adapter.digest if adapter else None,
-            "rare_tokens": adapter.rare_tokens if adapter else "",
+            "rare_tokens": words,
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "photo": start.origin,
@@ -341,41 +384,10 @@ class Editor:
                 continue
             seconds = (time.perf_counter() - started) / len(batch)
             for seed, pixels in zip(batch, images, strict=True):
-                image = _to_image(pixels)
+                image = to_image(pixels)
                 made = {**record, "seed": seed, "size": list(image.size)}
                 yield Edit(image, text, made, seconds, tuple(notes))
             left, started = left[len(batch) :], time.perf_counter()
-
-    def _settings(self, adapter: Adapter | None, has_photo: bool, chosen: dict[str, Any]) -> EditSettings:
-        """Returns the settings of an edit: the chosen ones that aren't None, and the recipe's for the others."""
-        defaults = adapter.recipe.edit if adapter else EditSettings(strength=0.95 if has_photo else 1.0)
-        is_full = adapter is not None and adapter.recipe.fit.method == "full"
-        if is_full:  # the base's own weights aren't in memory
-            defaults = dataclasses.replace(defaults, unconditional="adapter")
-        changes = {name: value for name, value in chosen.items() if value is not None}
-        try:
-            settings = make_section(EditSettings, "edit", changes, defaults)
-        except RecipeError as error:
-            raise SettingError(str(error)) from error
-        steps, most = settings.steps, len(self.base.schedule())
-        if steps > most:
-            raise SettingError(f"edit.steps = {steps} isn't allowed; this base takes from 1 to {most}")
-        if int(steps * settings.strength) < 1:
-            raise SettingError(f"edit.strength = {settings.strength} leaves none of {steps} steps; raise one")
-        if is_full and settings.unconditional == "base":
-            raise SettingError(
-                "edit.unconditional = 'base' needs an adapter of method 'lora', not 'full'; use 'adapter'"
-            )
-        return settings
-
-    def _cut_note(self, name: str, text: str) -> list[str]:
-        _, cut = self.base.tokenize(text)
-        return [f"the {name} is too long for the base; this was left out: {cut!r}"] if cut else []
-
-
-def _check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
-        raise SettingError(f"seed = {seed!r} isn't allowed; give a whole number from 0 to 2**63 - 1")
 
 
 def _out_of_memory(size: tuple[int, int]) -> DeviceError:
@@ -383,8 +395,3 @@ def _out_of_memory(size: tuple[int, int]) -> DeviceError:
         f"memory ran out for an edit of {size[0]} x {size[1]} pixels; close other programs, or edit with "
         "device='cpu'"
     )
-
-
-def _to_image(pixels: Tensor) -> Image.Image:
-    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding."""
-    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())

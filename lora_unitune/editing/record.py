@@ -1,7 +1,8 @@
-"""The record of an edit: the image with every setting that it was made with, and its PNG file."""
+"""The record of an edit: the image with every setting that it was made with, and its file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from lora_unitune.errors import OutputError, SettingError
 from lora_unitune.output import write_atomically
+from lora_unitune.settings import EditSettings
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from lora_unitune.adapter.adapter import Adapter
 
 ENTRY = "lora_unitune"
-"""Name of the PNG's text entry with the settings."""
+"""Name of the PNG's text entry with the settings; the EXIF software of other files."""
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""End of a picture's name -> its format."""
+
+_BEFORE = {"residual": False, "details": False, "least_change": 0.0}  # of edits older than these settings
+_SOFTWARE, _EXIF_IFD, _COMMENT = 0x0131, 0x8769, 0x9286  # EXIF: Software, ExifIFD, UserComment
+_ASCII = b"ASCII\0\0\0"
+_LARGEST_EXIF = 65_000  # bytes that fit into a JPEG's segment
 
 
 @dataclass(frozen=True)
@@ -36,28 +49,41 @@ class Edit:
     notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Writes the image as a PNG with the settings, which `read_settings` reads.
+        """Writes the image with the settings, which `read_settings` reads, as the end of its name says.
+
+        A PNG is exact; JPEG and WebP are compressed at quality 95, and hold the settings as an EXIF comment.
 
         Args:
-            path: Path of the file; its name ends in .png.
+            path: Path of the file; its name ends in .png, .jpg, .jpeg or .webp.
             overwrite: Whether an existing file may be replaced.
 
         Raises:
-            OutputError: The file already exists, its name doesn't end in .png, or can't be written.
+            OutputError: The file already exists, its name ends otherwise, or it can't be written.
         """
-        from PIL import PngImagePlugin
+        from PIL import Image, PngImagePlugin
 
-        if Path(path).suffix.lower() != ".png":
-            raise OutputError(f"{path} isn't the name of a PNG file; let it end in .png")
-        information = PngImagePlugin.PngInfo()
-        information.add_text(ENTRY, json.dumps(self.settings))
-        write_atomically(
-            path, lambda temporary: self.image.save(temporary, format="PNG", pnginfo=information), overwrite
-        )
+        kind = PICTURES.get(Path(path).suffix.lower())
+        if kind is None:
+            raise OutputError(f"{path} isn't the name of a picture; let it end in {', '.join(PICTURES)}")
+        text = json.dumps(self.settings)
+        options: dict[str, Any] = {"format": kind, "quality": 95}
+        if kind == "PNG":
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_text(ENTRY, text)
+        else:
+            exif = Image.Exif()
+            exif[_SOFTWARE] = ENTRY
+            exif.get_ifd(_EXIF_IFD)[_COMMENT] = _ASCII + text.encode()
+            if len(exif.tobytes()) > _LARGEST_EXIF:
+                raise OutputError(
+                    f"{path} can't hold settings of {len(text)} characters; write a PNG instead"
+                )
+            options |= {"exif": exif, **({"subsampling": 0} if kind == "JPEG" else {})}
+        write_atomically(path, lambda temporary: self.image.save(temporary, **options), overwrite)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads the settings stored in an edited PNG.
+    """Reads the settings stored in an edited image.
 
     Args:
         path: Path of a file that `Edit.save` wrote.
@@ -68,10 +94,62 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            settings = json.loads(image.info[ENTRY])
+        with Image.open(path, formats=sorted(set(PICTURES.values()))) as image:
+            comment = image.getexif().get_ifd(_EXIF_IFD).get(_COMMENT, b"")
+            settings = json.loads(image.info[ENTRY] if ENTRY in image.info else comment[len(_ASCII) :])
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
-        raise SettingError(f"{path} has no settings of an edit in it; give a PNG that lora-unitune wrote")
+        raise SettingError(f"{path} has no settings of an edit in it; give a picture that lora-unitune wrote")
     return settings
+
+
+def repeatable(
+    settings: dict[str, Any], fingerprint: str, adapter: Adapter | None, has_photo: bool
+) -> dict[str, Any]:
+    """Returns the complete settings of an edit, after a check that it can be repeated.
+
+    Args:
+        settings: Settings of the edit.
+        fingerprint: Fingerprint of the base at hand.
+        adapter: The adapter at hand.
+        has_photo: Whether a photo is given.
+
+    Raises:
+        SettingError: A setting is missing, or the edit was made with another base, adapter or photo.
+    """
+    names = [field.name for field in dataclasses.fields(EditSettings)]
+    if settings.get("strength") == 1 and "details" not in settings:  # releases before 0.3
+        settings = {**settings, "residual": False}
+    settings = {**_BEFORE, **settings}
+    needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
+    missing = [name for name in needed if name not in settings]
+    if missing:
+        raise SettingError(f"the settings lack {', '.join(missing)}; use the complete settings of an edit")
+    ours = (fingerprint, adapter.digest if adapter else None)
+    if (settings["fingerprint"], settings["adapter"]) != ours:
+        raise SettingError("the edit was made with another base or adapter; repeat it with the same ones")
+    if settings["photo"] == "given" and not has_photo:
+        raise SettingError("the edit started from a photo that was given with it; give that photo again")
+    return settings
+
+
+def check_finite(pixels: Tensor) -> None:
+    """Checks that sampling has ended in numbers that are finite: others would be shown as black.
+
+    Raises:
+        SettingError: Some aren't.
+    """
+    if not pixels.isfinite().all():
+        raise SettingError(
+            "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or edit with edit.strength "
+            "below 1"
+        )
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding."""
+    import torch
+    from PIL import Image
+
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())

@@ -1,21 +1,21 @@
-"""What an edit starts from: the photo at the base's size, from a file or from the adapter."""
+"""What an edit starts from: its settings, and the photo at the base's size, from a file or from the adapter."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from lora_unitune.adapter.adapter import Adapter, checked_photo
-from lora_unitune.errors import SettingError
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.suits import checked_photo
+from lora_unitune.errors import RecipeError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.photo.framing import choose_size, frame
+from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
-from lora_unitune.settings import EditSettings, PhotoSettings
-
-Source = str | Path | Image.Image
+from lora_unitune.settings import EditSettings, PhotoSettings, make_section
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Start:
 
 
 def starting_point(
-    base: Base, adapter: Adapter | None, photo: Source | None, settings: EditSettings
+    base: Base, adapter: Adapter | None, photo: PhotoSource | None, settings: EditSettings
 ) -> Start:
     """Reads and encodes the photo that an edit starts from, if its settings need one.
 
@@ -74,3 +74,38 @@ def starting_point(
         f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
         "pass photo=PATH, or strength=1"
     )
+
+
+def chosen_settings(
+    base: Base, adapter: Adapter | None, has_photo: bool, chosen: dict[str, Any]
+) -> EditSettings:
+    """Returns the settings of an edit: the chosen ones that aren't None, and the recipe's for the others.
+
+    Args:
+        base: The base.
+        adapter: The adapter, whose recipe has the defaults.
+        has_photo: Whether a photo is given.
+        chosen: Values of some settings, by name.
+
+    Raises:
+        SettingError: A setting is unknown, out of its range, or impossible with the base or the adapter.
+    """
+    defaults = adapter.recipe.edit if adapter else EditSettings(strength=0.95 if has_photo else 1.0)
+    is_full = adapter is not None and adapter.recipe.fit.method == "full"
+    if is_full:  # the base's own weights aren't in memory
+        defaults = dataclasses.replace(defaults, unconditional="adapter")
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        settings = make_section(EditSettings, "edit", changes, defaults)
+    except RecipeError as error:
+        raise SettingError(str(error)) from error
+    steps, most = settings.steps, len(base.schedule())
+    if steps > most:
+        raise SettingError(f"edit.steps = {steps} isn't allowed; this base takes from 1 to {most}")
+    if int(steps * settings.strength) < 1:
+        raise SettingError(f"edit.strength = {settings.strength} leaves none of {steps} steps; raise one")
+    if is_full and settings.unconditional == "base":
+        raise SettingError(
+            "edit.unconditional = 'base' needs an adapter of method 'lora', not 'full'; use 'adapter'"
+        )
+    return settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -48,6 +48,7 @@ class Family:
         recipe: Name of the bundled recipe for bases of this family.
         names: Names of its layers in other tools.
         signs: Prefixes of keys that identify a file of another tool as of this family.
+        hints: Prefixes of keys that suggest it.
     """
 
     name: str
@@ -59,8 +60,9 @@ class Family:
     recipe: str
     names: LayerNames = field(default_factory=LayerNames)
     signs: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
-    def complete(self, recipe: Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    def complete(self, recipe: Recipe, overrides: str | Sequence[str] = ()) -> Recipe:
         """Returns a recipe with settings for every part, missing ones filled with the family's defaults.
 
         Args:
@@ -88,14 +90,13 @@ class Family:
             )
         return dataclasses.replace(recipe, lora=lora)
 
-    def owns(self, shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str] = ()) -> bool:
-        """Returns whether a file of another tool is certainly of this family.
+    def owns(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Returns whether tensors of another tool's file are certainly for a base of this family.
 
         Args:
             shapes: Shapes of its tensors, by this package's keys.
-            keys: The keys in the file.
         """
-        signed = any(key.startswith(self.signs) for key in [*shapes, *keys]) if self.signs else False
+        signed = any(key.startswith(self.signs) for key in shapes) if self.signs else False
         return signed or self.names.kind_of(shapes) is not None
 
 
@@ -164,13 +165,8 @@ FAMILIES: dict[str, Family] = {
             parts={"unet": _UNET, "text_encoder": _CLIP, "text_encoder_2": _CLIP},
             recipe="sdxl/12gb",
             names=SDXL_NAMES,
-            signs=(
-                "text_encoder_2.",
-                "lora_te2_",
-                "lora_unet_input_block",
-                "lora_unet_middle_block",
-                "lora_unet_output_block",
-            ),
+            signs=("text_encoder_2.", "lora_unet_label_emb", "unet.add_embedding."),
+            hints=("lora_unet_input_block", "lora_unet_middle_block", "lora_unet_output_block"),
         ),
     )
 }
@@ -296,7 +292,10 @@ def joined(*conditions: Condition) -> Condition:
 
 
 def load_base(
-    name: str | BaseFiles, device: str = "auto", dtype: torch.dtype | None = None, quantize: str = "none"
+    name: str | Path | BaseFiles,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    quantize: str = "none",
 ) -> Base:
     """Loads a base model, frozen and in eval mode.
 
@@ -318,7 +317,7 @@ def load_base(
     from lora_unitune.families.location import locate_base
 
     target = resolve_device(device)
-    files = locate_base(name) if isinstance(name, str) else name
+    files = name if isinstance(name, BaseFiles) else locate_base(name)
     if dtype is None:
         dtype = torch.float16 if target.type == "cuda" else torch.float32
     module = importlib.import_module(files.family.module)

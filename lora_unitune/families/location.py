@@ -18,7 +18,7 @@ _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 _NO_WEIGHTS = re.compile(r"Scheduler|Tokenizer|Processor|Extractor")
 
 
-def locate_base(name: str, vae: str | None = None, prediction: str | None = None) -> BaseFiles:
+def locate_base(name: str | Path, vae: str | Path | None = None, prediction: str | None = None) -> BaseFiles:
     """Finds a base's files, and downloads those of a hub id that aren't in the hub's cache.
 
     A base in the cache is used as it is: the network isn't asked.
@@ -31,6 +31,12 @@ def locate_base(name: str, vae: str | None = None, prediction: str | None = None
     Raises:
         BaseModelError: The base doesn't exist, is broken, or is of a kind that isn't supported.
     """
+    if not isinstance(name, (str, Path)):
+        raise BaseModelError(
+            f"base = {one_line(ValueError(repr(name)), 80)} isn't allowed; give 'pocket', a folder, a file, a hub id "
+            "or a base in memory"
+        )
+    name = str(name)
     if prediction not in (None, "epsilon", "v_prediction"):
         raise BaseModelError(f"prediction = {prediction!r} isn't allowed; give 'epsilon' or 'v_prediction'")
     if vae is not None and not Path(vae).exists():

@@ -54,6 +54,10 @@ class Sampler:
         if schedule.prediction == "flow":
             self.levels = NoiseSchedule.flow(distinct / schedule.span[0], schedule.span[0])
         else:
+            if len(distinct) and distinct[0].ceil() >= len(schedule):  # "leading" timesteps with an offset
+                raise SettingError(
+                    f"edit.steps = {steps} is more than the base's scheduler takes; give fewer steps"
+                )
             self.levels = schedule.at(distinct.long())
 
     def start(self, noise: Tensor, clean: Tensor | None = None) -> Tensor:

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps
 
-from lora_unitune.errors import PhotoError
+from lora_unitune.errors import PhotoError, one_line
+from lora_unitune.photo.depth import depth_of, rounded
+from lora_unitune.photo.opening import DECODING_ERRORS, PhotoSource, open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
-
-# Exceptions of Pillow's decoders on damaged files.
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    struct.error,
-    zlib.error,
-)
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class Photo:
 
     Attributes:
         image: The pixels, RGB, at the original size or resized by `frame`.
-        source: Path of its file, or "PIL image".
+        source: Path of its file, or what it is called in messages.
         notes: Notes for the user on what was changed, one sentence each.
     """
 
@@ -57,33 +47,32 @@ class Photo:
         return digest.hexdigest()[:32]
 
 
-def load_photo(source: str | Path | Image.Image) -> Photo:
+def load_photo(source: PhotoSource) -> Photo:
     """Reads a photo, upright and in sRGB.
 
     Args:
-        source: Path of an image file, or a PIL image.
+        source: Path of an image file, its bytes, an open file, or a PIL image.
 
     Returns:
-        The photo at its own size, with a note for each change.
+        The photo at its own size, with a note for each change. A JPEG that is too large to decode safely is read at
+        a reduced size.
 
     Raises:
         PhotoError: The file doesn't exist, isn't an image, is damaged, or is too large to decode safely.
     """
-    name = "PIL image" if isinstance(source, Image.Image) else str(source)
+    name = str(source) if isinstance(source, (str, Path)) else "the photo"
     notes: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = source if isinstance(source, Image.Image) else _open(Path(source))
+            name, image = open_image(source, notes)
             upright = _upright_rgb(image, notes)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-            raise PhotoError(f"{name} has more than {limit} million pixels; make it smaller first") from None
+        except PhotoError:
+            raise
         except MemoryError:
             raise PhotoError(f"{name} doesn't fit into memory; make it smaller first") from None
-        except _DECODING_ERRORS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise PhotoError(f"{name} is damaged or incomplete ({reason}); get it again") from None
+        except DECODING_ERRORS as error:
+            raise PhotoError(f"{name} is damaged or incomplete ({one_line(error)}); get it again") from None
     return Photo(upright, name, tuple(notes))
 
 
@@ -95,62 +84,59 @@ def photo_to_tensor(photo: Photo) -> Tensor:
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def _open(path: Path) -> Image.Image:
-    """Opens an image file without decoding it."""
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "doesn't exist"
-        raise PhotoError(f"{path} {problem}; give the path of an image file")
-    try:
-        return Image.open(path, formats=formats)
-    except UnidentifiedImageError:
-        kinds = ", ".join(name for name in formats if name != "MPO")
-        raise PhotoError(f"{path} isn't an image that can be read; give one of {kinds}") from None
-    except PermissionError:
-        raise PhotoError(f"{path} may not be read; check its permissions") from None
-
-
 def _upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """Decodes the first frame and returns it upright, in sRGB, on white."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         image.seek(0)
-        if image.format != "MPO":  # a phone's JPEG with an embedded preview
+        if image.format not in ("MPO", "HEIF"):  # a phone's photo with an embedded preview
             notes.append(f"the first of {frames} frames is used")
     image.load()
-    profile = image.info.get("icc_profile")
-    upright = _without_depth(ImageOps.exif_transpose(image), notes)
-    if upright.has_transparency_data:
-        layered = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
-        if np.asarray(layered)[..., 3].min() < 255:
-            notes.append("transparent parts are shown on white")
-    return _in_srgb(upright, profile)
+    profile, deep = image.info.get("icc_profile"), depth_of(image)
+    if deep is not None:
+        grays = rounded(*deep, notes)
+        turned = Image.fromarray(_deep_in_srgb(grays, profile))
+        turned.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+        return ImageOps.exif_transpose(turned)
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return _in_srgb(upright, profile)
+    layered = upright.convert("RGBA")
+    alpha = layered.getchannel("A")
+    colors = _in_srgb(upright.convert("L") if upright.mode == "LA" else layered.convert("RGB"), profile)
+    if np.asarray(alpha).min() < 255:
+        notes.append("transparent parts are shown on white")
+    return Image.composite(colors, Image.new("RGB", colors.size, "white"), alpha)
 
 
-def _without_depth(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Converts 16- and 32-bit grayscale images to 8 bits; returns others unchanged."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("some pixels aren't numbers")
-    if image.mode == "F":
-        values = values * (255.0 if values.max() <= 1.0 else 1.0)
-    elif image.mode.startswith("I;16") or values.max() > 255:
-        values = values / 257.0
-    notes.append(f"its grayscale values ({image.mode}) are rounded to 8 bits")
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+def _deep_in_srgb(grays: NDArray[np.float64], profile: bytes | None) -> NDArray[np.uint8]:
+    """Returns gray values from 0 to 255, not rounded yet, as (height, width, 3) in sRGB."""
+    ramp = np.asarray(_in_srgb(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), profile))[0]
+    channels = [np.interp(grays, np.arange(256), channel) for channel in ramp.T]
+    return np.stack(channels, -1).round().astype(np.uint8)
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Converts to RGB, through the embedded colour profile where there is a usable one."""
-    if profile and image.mode in ("RGB", "CMYK"):
-        try:
-            embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB")
-            return image.convert("RGB") if converted is None else converted
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            pass  # a broken profile: the plain conversion shows what other programs would show
-    return image.convert("RGB")
+    if image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+        if image.mode == "LAB":
+            return _transformed(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
+        if profile:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            is_gray = embedded.profile.xcolor_space.strip() == "GRAY"
+            return _transformed(
+                image.convert("RGB") if image.mode == "L" and not is_gray else image, embedded
+            )
+    return image.convert("RGB")  # without a usable profile: what other programs would show
+
+
+def _transformed(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    """Converts from a colour profile to sRGB."""
+    srgb = ImageCms.createProfile("sRGB")
+    exact = (
+        ImageCms.Flags.NOOPTIMIZE if image.mode == "L" else ImageCms.Flags.NONE
+    )  # its table darkens dark grays
+    converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB", flags=exact)
+    return image.convert("RGB") if converted is None else converted

@@ -10,51 +10,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lora_unitune.adapter import layers
-from lora_unitune.adapter.adapter import Adapter, check_fits
-from lora_unitune.errors import FitError, SettingError
+from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.suits import check_fits
+from lora_unitune.errors import FitError, SettingError, one_line
 from lora_unitune.families import Base, BaseFiles, default_recipe, load_base
 from lora_unitune.families.loading import resolve_device
 from lora_unitune.families.location import locate_base
 from lora_unitune.photo.framing import choose_size, frame
+from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import load_photo
 from lora_unitune.recipe import Recipe
-from lora_unitune.settings import FitSettings, LoraSettings
+from lora_unitune.settings import FitSettings, LoraSettings, check_whole
 from lora_unitune.training.loop import OnNote, OnStep, precision_for, train
 from lora_unitune.training.prepare import prepare
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_LORA_TO_FULL = 20
+"""Learning rate of LoRA relative to that of all weights, in a recipe for LoRA that is used with method "full"."""
+_DIVERGED = 0.5
+"""Mean loss of the last quarter of the steps from which a fit may have diverged, if it is above the first loss too.
+A prediction of nothing has a loss of about 1; single losses differ several times by their noise levels alone."""
+
 
 def fit(
-    photo: str | Path | Image.Image,
+    photo: PhotoSource,
     *,
-    base: str | BaseFiles | Base = "pocket",
-    recipe: Recipe | str | None = None,
-    overrides: Sequence[str] = (),
+    base: str | Path | BaseFiles | Base = "pocket",
+    recipe: Recipe | str | Path | None = None,
+    overrides: str | Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
     embed_photo: bool = True,
-    start: Adapter | None = None,
+    start: Adapter | str | Path | None = None,
     on_step: OnStep | None = None,
     on_note: OnNote | None = None,
 ) -> Adapter:
     """Fits a photo: trains adapters so that the base reproduces it for a few rare tokens.
 
     Args:
-        photo: Path of an image file, or a PIL image.
+        photo: Path of an image file, its bytes, an open file, or a PIL image.
         base: "pocket", a folder, a .safetensors file, a hub id, what `locate_base` found, or a base in memory,
             which is restored bit for bit.
         recipe: A recipe, its name or its file; None takes the base's default.
-        overrides: Changes of single settings, such as "fit.steps=50".
+        overrides: Changes of single settings, such as "fit.steps=50"; one or several.
         seed: Seed of all randomness; the same seed gives the same tensors.
         device: Device of a base that is loaded by name: "auto", "cpu", "cuda" or "mps".
         embed_photo: Whether to store the photo's latents in the adapter, so that edits can start from them.
-        start: An adapter to continue from, at the strength that was trained, instead of a new one; its ranks,
-            alphas, targets and rare tokens are used.
+        start: An adapter, or the path of its file, to continue from, at the strength that was trained,
+            instead of a new one; its ranks, alphas, targets and rare tokens are used.
         on_step: Callback after each step.
         on_note: Callback for notes to the user: changes of the photo, or that memory ran out and the fit
             continues with less.
@@ -65,10 +72,20 @@ def fit(
     Raises:
         UnituneError: An argument is invalid, or the fit can't continue; the subclass says which.
     """
-    if not 0 <= seed < 2**63:
-        raise SettingError(f"seed = {seed} isn't allowed; give a whole number from 0 to 2**63 - 1")
+    check_whole("seed", seed, 0)
+    start = Adapter.load(start) if isinstance(start, (str, Path)) else start
+    for name, value, kinds in (
+        ("base", base, (str, Path, BaseFiles, Base)),
+        ("recipe", recipe, (Recipe, str, Path, type(None))),
+        ("overrides", overrides, (str, list, tuple)),
+        ("start", start, (Adapter, type(None))),
+    ):
+        if not isinstance(value, kinds):
+            raise SettingError(
+                f"{name} = {one_line(ValueError(repr(value)), 80)} isn't allowed; see help(fit)"
+            )
     read = load_photo(photo)
-    if isinstance(base, str):
+    if isinstance(base, (str, Path)):
         base = locate_base(base)
     settings = _continued(_settings(recipe, base, overrides), start)
     loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, BaseFiles) else base
@@ -80,10 +97,12 @@ def fit(
     size = choose_size(read.image.size, settings.photo, loaded.size, loaded.size_step)
     loaded.sample_shape(size)
     framed = frame(read, size)
-    for note in framed.notes if on_note is not None else ():
-        on_note(f"the photo: {note}")  # type: ignore[misc]
     if start is not None:
         check_fits(start, loaded)
+    notes = [f"the photo: {note}" for note in framed.notes]
+    notes += [f"the adapter to continue from: {note}" for note in start.notes] if start is not None else []
+    for note in notes if on_note is not None else ():
+        on_note(note)  # type: ignore[misc]
     generator = torch.Generator().manual_seed(seed)
     try:
         prepared = prepare(framed, settings, loaded)
@@ -93,6 +112,8 @@ def fit(
                 layers.load_in_place(layers.slots(loaded), trained, settings.lora)
             history = train(prepared, loaded, settings, generator, on_step, on_note)
             tensors = _result(loaded, settings)
+        for note in _divergence(history.losses, settings) if on_note is not None else ():
+            on_note(note)  # type: ignore[misc]
     except torch.OutOfMemoryError as error:
         raise FitError(
             "memory ran out before the first step; close other programs, or pass device='cpu'"
@@ -106,12 +127,27 @@ def fit(
         photo_latents=_as_saved(prepared.mean) if embed_photo else None,
         size=size,
         family=loaded.family.name,
+        prediction=loaded.schedule().prediction,
         seed=seed,
         seconds=history.seconds,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         photo_digest=read.digest,
         history=history.losses,
     )
+
+
+def _divergence(losses: Sequence[float], recipe: Recipe) -> list[str]:
+    """Returns a note if the loss has risen above the first, which is that of the plain base."""
+    last = losses[-max(1, len(losses) // 4) :]
+    after = sum(last) / len(last)
+    if after <= max(_DIVERGED, 1.1 * losses[0]):
+        return []
+    rates = ", ".join(
+        f"lora.{part}.learning_rate ({each.learning_rate:g})" for part, each in recipe.lora.items()
+    )
+    return [
+        f"its loss rose from {losses[0]:.3g} to {after:.3g}, so the fit has probably diverged; lower {rates}"
+    ]
 
 
 def _as_saved(tensor: Tensor) -> Tensor:
@@ -175,13 +211,24 @@ def _full_tensors(base: Base) -> dict[str, Tensor]:
     }
 
 
-def _settings(recipe: Recipe | str | None, base: BaseFiles | Base, overrides: Sequence[str]) -> Recipe:
+def _settings(
+    recipe: Recipe | str | Path | None, base: BaseFiles | Base, overrides: str | Sequence[str]
+) -> Recipe:
     """Returns the recipe of a fit with settings for every part of the base, the overrides applied."""
-    if isinstance(recipe, str):
+    family = base.family
+    if isinstance(recipe, (str, Path)):
         recipe = Recipe.load(recipe)
     elif recipe is None:
-        recipe = default_recipe(base.name, base.family)
-    recipe = base.family.complete(recipe, overrides)
+        recipe = default_recipe(base.name, family)
+    given = [overrides] if isinstance(overrides, str) else list(overrides)
+    if (
+        recipe.fit.method == "lora" and family.complete(recipe, given).fit.method == "full"
+    ):  # its rates are for LoRA
+        rates = {
+            part: each.learning_rate / _LORA_TO_FULL for part, each in family.complete(recipe).lora.items()
+        }
+        given = [*(f"lora.{part}.learning_rate={rate}" for part, rate in rates.items()), *given]
+    recipe = family.complete(recipe, given)
     lora = {part: replace(each, alpha=each.scale * each.rank) for part, each in recipe.lora.items()}
     return replace(recipe, lora=lora)
 
@@ -192,7 +239,7 @@ def _continued(recipe: Recipe, start: Adapter | None) -> Recipe:
         return recipe
     if "full" in (recipe.fit.method, start.recipe.fit.method):
         raise SettingError("a fit can continue from an adapter of method 'lora' only, and with that method")
-    tokens = recipe.prompt.rare_tokens or start.rare_tokens
+    tokens = recipe.prompt.rare_tokens or start.rare_tokens or ""
     before = {part: start.recipe.lora.get(part, LoraSettings(0)) for part in recipe.lora}
     lora = {
         part: replace(before[part], learning_rate=each.learning_rate, weight=each.weight)

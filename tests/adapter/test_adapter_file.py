@@ -16,10 +16,11 @@ from conftest import metadata_of, room_for
 from random_adapters import LORA, changed, make_adapter
 from safetensors.torch import load_file, save_file
 
-from lora_unitune.adapter.adapter import Adapter, check_fits
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert
 from lora_unitune.adapter.describe import describe
 from lora_unitune.adapter.header import PHOTO_KEY
+from lora_unitune.adapter.suits import check_fits
 from lora_unitune.errors import AdapterFileError, OutputError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.recipe import Recipe
@@ -161,7 +162,9 @@ def test_a_3_to_2_photo_keeps_its_size_and_its_digest(base15: Base, tmp_path: Pa
 
 def test_a_trigger_replaces_the_rare_tokens(adapter: Adapter, saved: Path) -> None:
     assert Adapter.load(saved, " a  red   fox ").rare_tokens == "a red fox"
-    assert Adapter.load(saved, "  ").rare_tokens == adapter.rare_tokens
+    assert (
+        Adapter.load(saved, "  ").rare_tokens == "" and Adapter.load(saved).rare_tokens == adapter.rare_tokens
+    )
     with pytest.raises(SettingError, match="trigger = "):
         Adapter.load(saved, "\x1b[2J")
 

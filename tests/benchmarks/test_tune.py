@@ -98,3 +98,18 @@ def test_tuning_halves_the_settings_and_reports_an_edge(
     assert "same_thing" not in trials[0]["known"]
     for trial, known, unknown in [(trials[1], 24, 24), (trials[2], 6, 8)]:  # a quarter of 4 and of 6 photos
         assert {which: trial[which]["pairs"] for which in TUNING} == {"known": known, "unknown": unknown}
+
+
+def test_tuning_goes_on_from_the_best_setting_to_its_neighbors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(pairs: Any, pictures: np.ndarray) -> list[dict[str, float]]:
+        return [{"success": -abs(5.0 - float(value)), "psnr_truth": 0.0} for value in pictures[:, 0, 0, 0]]
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "MEASURES", ("success",))
+    monkeypatch.setitem(METHODS, "painter", Painter())
+    monkeypatch.setattr(tune, "settings_to_try", lambda method, trials: [{"guidance": 4}])
+    kept = tune.tune("painter", 4, 1, "pocket", "cpu")
+    assert [trial["dials"]["guidance"] for trial in kept["trials"]] == [5, 4, 3]
+    assert tune.neighbors(Painter(), {"guidance": 8}) == [{"guidance": 7}]

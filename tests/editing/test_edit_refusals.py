@@ -62,10 +62,14 @@ def test_impossible_counts_are_one_line(editor: Editor, adapter: Adapter, count:
 
 def test_the_steps_a_base_has_are_the_most_it_takes(tiny_sd15: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, use_safetensors=True)
-    pipeline.scheduler = DDIMScheduler(num_train_timesteps=10, steps_offset=0)
+    pipeline.scheduler = DDIMScheduler(
+        num_train_timesteps=10, steps_offset=1
+    )  # steps 1 to 10 aren't all there
     pipeline.save_pretrained(tmp_path / "base")
     editor = Editor(str(tmp_path / "base"), device="cpu")
-    editor.edit(None, "a fox", steps=10)
+    editor.edit(None, "a fox", steps=9)
+    with pytest.raises(SettingError, match="steps = 10 is more than"):
+        editor.edit(None, "a fox", steps=10)
     with pytest.raises(SettingError, match="takes from 1 to 10"):
         editor.edit(None, "a fox", steps=11)
 

@@ -115,8 +115,8 @@ def test_a_png_is_written_whole_or_not_at_all(editor: Editor, adapter: Adapter, 
     with pytest.raises(OutputError, match="already exists"):
         edit.save(tmp_path / "out.png")
     edit.save(tmp_path / "out.png", overwrite=True)
-    with pytest.raises(OutputError, match="let it end in .png"):
-        edit.save(tmp_path / "out.jpg")
+    with pytest.raises(OutputError, match="let it end in .png, .jpg"):
+        edit.save(tmp_path / "out.gif")
     with pytest.raises(OutputError, match="folder .* doesn.t exist"):
         edit.save(tmp_path / "missing" / "out.png")
     assert os.listdir(tmp_path) == ["out.png"]

@@ -1,0 +1,76 @@
+"""Checks of an edit's texts, and notes on what the base can't do with them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lora_unitune.errors import PromptError, one_line
+from lora_unitune.families import Base
+
+_WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<[a-z]+:[^<>]*>", re.IGNORECASE)
+"""Weights such as (fox:1.4) and networks such as <lora:name:1>, as other tools write them."""
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+def checked_text(name: str, text: Any) -> str:
+    """Returns a text for the base's tokenizer; None is the empty text.
+
+    Args:
+        name: Name of the argument.
+        text: What was given for it.
+
+    Raises:
+        PromptError: It isn't one text, or has bytes that aren't UTF-8.
+    """
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        given = one_line(ValueError(repr(text)), 80)
+        raise PromptError(f"{name} = {given} isn't allowed; give one text, and edit once for each")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError(f"{name} = {text!r} has bytes that aren't UTF-8; type it again") from None
+    return text
+
+
+def prompt_notes(base: Base, **texts: str) -> list[str]:
+    """Returns notes on an edit's texts: what is cut off, what means nothing, and which words the base hardly knows.
+
+    Args:
+        base: The base.
+        **texts: The complete texts, by the names of their arguments.
+    """
+    notes = []
+    for name, text in texts.items():
+        shown = name.replace("_", " ")
+        _, cut = base.tokenize(text)
+        if cut:
+            notes.append(f"the {shown} is too long for the base; this was left out: {cut!r}")
+        weights = _WEIGHT.findall(text)
+        if weights:
+            notes.append(f"{' and '.join(weights)} in the {shown} is read as text: weights mean nothing here")
+        strange = unknown_words(base, _WEIGHT.sub(" ", text))
+        if strange:
+            these = "this word" if len(strange) == 1 else "these words"
+            notes.append(
+                f"{base.name} never learned {these} of the {shown}, which may change the picture at random: "
+                f"{', '.join(strange)}; see lora-unitune words"
+            )
+    return notes
+
+
+def unknown_words(base: Base, text: str) -> list[str]:
+    """Returns the words of a text that the base never learned.
+
+    Known for pocket alone, whose tokenizer has one token for each word of its training and some for their parts,
+    with embeddings as small as at the start. Other bases spell words that they know well in several tokens.
+    """
+    if base.name != "pocket":
+        return []
+    vocabulary = base.vocabulary()
+    norms, known = vocabulary.norms() or [], vocabulary.words()
+    untrained = max(norms, default=0.0) / 4
+    words = dict.fromkeys(_WORD.findall(text.lower()))
+    return [word for word in words if word not in known or norms[known[word]] < untrained]

@@ -1,0 +1,184 @@
+"""Opening of image files: by Pillow, or by an optional library where Pillow can't."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from lora_unitune.errors import PhotoError, one_line
+from lora_unitune.photo.depth import Depth, rounded
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
+
+PhotoSource = str | Path | bytes | BinaryIO | Image.Image
+"""A photo: the path of an image file, its content, an open file, or a PIL image."""
+
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+"""Exceptions of the decoders on damaged files."""
+
+_LARGEST_JPEG = 4
+"""A JPEG may have this many times the pixels of other files, since it is read at a reduced size."""
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def open_image(source: PhotoSource, notes: list[str]) -> tuple[str, Image.Image]:
+    """Opens a photo, if possible without decoding it.
+
+    Args:
+        source: The photo; an open file is read from its current position.
+        notes: Notes for the user, to which those on a reduced size or depth are appended.
+
+    Returns:
+        The photo's name in messages, and the image.
+
+    Raises:
+        PhotoError: There is no such file, or it isn't an image.
+    """
+    if isinstance(source, Image.Image):
+        return "PIL image", source
+    name, content = _content(source)
+    Image.init()
+    formats = [each for each in FORMATS if each in Image.OPEN]
+    try:
+        try:
+            return name, Image.open(content, formats=formats)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return name, _reduced(name, content, notes)
+        except UnidentifiedImageError:
+            image = _by_another_library(name, content, notes)
+            if image is not None:
+                return name, image
+    except PermissionError:
+        raise PhotoError(f"{name} may not be read; check its permissions") from None
+    kinds = ", ".join(each for each in formats if each != "MPO")
+    raise PhotoError(f"{name} isn't an image that can be read; give one of {kinds}")
+
+
+def _content(source: Any) -> tuple[str, Path | BinaryIO]:
+    """Returns a photo's name in messages, and what Pillow opens: a path or a stream."""
+    if hasattr(source, "read"):
+        name, source = str(getattr(source, "name", "the open file")), source.read()
+        if not isinstance(source, bytes):
+            raise PhotoError(f"{name} is open as text; open it with open(path, 'rb')")
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        name = "the photo given as bytes"
+    elif isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "doesn't exist"
+            raise PhotoError(f"{path} {problem}; give the path of an image file")
+        return str(source), path
+    else:
+        raise PhotoError(
+            f"photo = {one_line(ValueError(repr(source)), 60)} isn't a photo; give the path of an image file, its "
+            "bytes, an open file, or a PIL image"
+        )
+    return name, io.BytesIO(source)
+
+
+def _reduced(name: str, content: Path | BinaryIO, notes: list[str]) -> Image.Image:
+    """Opens a JPEG with too many pixels at a half, a quarter or an eighth of its size; refuses other files."""
+    most = Image.MAX_IMAGE_PIXELS or 0
+    with contextlib.suppress(SyntaxError):
+        image = JpegImageFile(_rewound(content))
+        pixels = image.width * image.height
+        if pixels <= _LARGEST_JPEG * most:
+            whole, factor = image.size, 2
+            while pixels > most * factor**2:
+                factor *= 2
+            image.draft(image.mode, (whole[0] // factor, whole[1] // factor))
+            if image.width * image.height <= most:
+                notes.append(
+                    f"it is read at {image.width} x {image.height} of its {whole[0]} x {whole[1]} pixels"
+                )
+                return image
+    raise PhotoError(
+        f"{name} has more than {most // 1_000_000} million pixels; make it smaller first, or save it as a JPEG, "
+        f"of which up to {_LARGEST_JPEG * most // 1_000_000} million are read at a reduced size"
+    )
+
+
+def _by_another_library(name: str, content: Path | BinaryIO, notes: list[str]) -> Image.Image | None:
+    """Opens a file that Pillow doesn't know, if it is a HEIC photo or a TIFF; None for other files."""
+    stream = _rewound(content)
+    with stream.open("rb") if isinstance(stream, Path) else contextlib.nullcontext(stream) as file:
+        start = file.read(12)
+    if start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS:
+        return _heic(name, _rewound(content))
+    return _tiff(name, _rewound(content), notes) if start[:4] in _TIFF_STARTS else None
+
+
+def _heic(name: str, content: Path | BinaryIO) -> Image.Image:
+    """Opens a HEIC photo with pillow-heif."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise PhotoError(
+            f"{name} is a HEIC photo; save it as a JPEG, or pip install 'lora-unitune[photos]' to read such photos"
+        ) from None
+    register_heif_opener()
+    try:
+        return Image.open(content, formats=["HEIF"])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return _reduced(name, content, [])
+
+
+def _tiff(name: str, content: Path | BinaryIO, notes: list[str]) -> Image.Image:
+    """Reads a TIFF whose depth Pillow doesn't know, such as RGB in floats, with tifffile."""
+    way_out = "save it as a TIFF or PNG of 8 or 16 bits"
+    try:
+        import tifffile
+    except ImportError:
+        raise PhotoError(
+            f"{name} is a TIFF of an unusual depth or damaged; {way_out}, or pip install 'lora-unitune[photos]'"
+        ) from None
+    try:
+        with tifffile.TiffFile(content) as file:
+            page: Any = file.pages[0]
+            tags = {tag.code: tag.value for tag in page.tags}
+            if page.imagewidth * page.imagelength > (Image.MAX_IMAGE_PIXELS or 0):
+                raise Image.DecompressionBombError
+            if page.axes not in ("YX", "YXS", "SYX") or tags.get(262, 1) not in (0, 1, 2):
+                raise ValueError(
+                    f"its photometric interpretation is {tags.get(262)}, its axes are {page.axes}"
+                )
+            values = page.asarray()
+            values = np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[1 if values.ndim == 2 else values.shape[2]]
+        eight = rounded(values.reshape(*values.shape[:2], -1), Depth.of(values.dtype, tags), notes)
+    except Image.DecompressionBombError:
+        return _reduced(name, content, notes)
+    except (*DECODING_ERRORS, tifffile.TiffFileError) as error:
+        raise PhotoError(
+            f"{name} is damaged or a TIFF that can't be read ({one_line(error)}); {way_out}"
+        ) from None
+    image = Image.fromarray(eight.round().astype(np.uint8).squeeze(), mode)
+    image.info["icc_profile"] = tags.get(34675)
+    image.getexif()[274] = int(tags.get(274, 1))
+    return image
+
+
+def _rewound(content: Path | BinaryIO) -> Path | BinaryIO:
+    if not isinstance(content, Path):
+        content.seek(0)
+    return content

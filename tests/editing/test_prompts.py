@@ -1,0 +1,49 @@
+"""Notes on a prompt: words that pocket never learned, and other tools' weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_unitune.cli.words import pocket_words
+from lora_unitune.editing.prompts import prompt_notes, unknown_words
+from lora_unitune.families import Base
+from lora_unitune.pocket import world
+from lora_unitune.pocket.pretraining.assembly import rare_words
+
+
+def test_pocket_knows_the_words_that_are_listed_and_no_others_of_its_captions(basepocket: Base) -> None:
+    listed = {word for phrases in pocket_words().values() for phrase in phrases for word in phrase.split()}
+    assert unknown_words(basepocket, " ".join(listed)) == []
+    never_drawn = {"little", "large"}  # no caption has the second word for a size
+    assert {word.strip(",") for word in world.words()} - listed - never_drawn <= {
+        "and",
+        "scene",
+        "the",
+        "a",
+        "an",
+    }
+    assert set(unknown_words(basepocket, " ".join(never_drawn))) == never_drawn
+
+
+def test_words_and_parts_of_words_that_pocket_never_learned_are_noted(basepocket: Base) -> None:
+    (note,) = prompt_notes(basepocket, prompt="a dog wearing sunglasses, berry at night")
+    assert "never learned these words of the prompt" in note and ": wearing, sunglasses, berry;" in note
+    rare = " ".join(rare_words()[:4])
+    assert prompt_notes(basepocket, prompt=f"{rare} a Dog at night, pixel art.", negative_prompt="") == []
+    (note,) = prompt_notes(basepocket, prompt="a dog", negative_prompt="blurry")
+    assert "this word of the negative prompt" in note
+
+
+def test_other_bases_spell_words_that_they_know_in_several_tokens(base15: Base) -> None:
+    assert prompt_notes(base15, prompt="sunglasses") == []
+
+
+@pytest.mark.parametrize("text", ["(fox:1.4)", "(a red fox : .8)", "<lora:name:1>", "<lyco:a:1>"])
+def test_weights_of_other_tools_mean_nothing(base15: Base, text: str) -> None:
+    (note,) = prompt_notes(base15, prompt=f"a {text}")
+    assert note.startswith(f"{text} in the prompt is read as text")
+
+
+@pytest.mark.parametrize("text", ["a fox (red)", "at 3:15", "a < b", "(fox)"])
+def test_other_brackets_are_not_noted(base15: Base, text: str) -> None:
+    assert prompt_notes(base15, prompt=text) == []
