@@ -112,7 +112,7 @@ def fit(
                 layers.load_in_place(layers.slots(loaded), trained, settings.lora)
             history = train(prepared, loaded, settings, generator, on_step, on_note)
             tensors = _result(loaded, settings)
-        for note in _divergence(history.losses, settings) if on_note is not None else ():
+        for note in divergence(history.losses, settings) if on_note is not None else ():
             on_note(note)  # type: ignore[misc]
     except torch.OutOfMemoryError as error:
         raise FitError(
@@ -136,11 +136,11 @@ def fit(
     )
 
 
-def _divergence(losses: Sequence[float], recipe: Recipe) -> list[str]:
+def divergence(losses: Sequence[float], recipe: Recipe) -> list[str]:
     """Returns a note if the loss has risen above the first, which is that of the plain base."""
     last = losses[-max(1, len(losses) // 4) :]
     after = sum(last) / len(last)
-    if after <= max(_DIVERGED, 1.1 * losses[0]):
+    if after <= max(_DIVERGED, losses[0]):
         return []
     rates = ", ".join(
         f"lora.{part}.learning_rate ({each.learning_rate:g})" for part, each in recipe.lora.items()
