@@ -1,7 +1,7 @@
 """Names of tensors that other tools know in a LoRA file.
 
-Read in their source: ComfyUI `comfy/lora.py`, A1111 `extensions-builtin/Lora/networks.py`, and diffusers
-`loaders/lora_pipeline.py`.
+After ComfyUI `comfy/lora.py`, A1111 `extensions-builtin/Lora/networks.py`, and diffusers `loaders/lora_pipeline.py`.
+ComfyUI's names of a UNet's layers were compared with its source; the other rules of ComfyUI and A1111 were not.
 """
 
 from __future__ import annotations
