@@ -137,10 +137,10 @@ def fit(
 
 
 def divergence(losses: Sequence[float], recipe: Recipe) -> list[str]:
-    """Returns a note if the loss has risen above the first, which is that of the plain base."""
+    """Returns a note if the loss has clearly risen above the first, which is that of the plain base."""
     last = losses[-max(1, len(losses) // 4) :]
     after = sum(last) / len(last)
-    if after <= max(_DIVERGED, losses[0]):
+    if after <= max(_DIVERGED, 1.1 * losses[0]):
         return []
     rates = ", ".join(
         f"lora.{part}.learning_rate ({each.learning_rate:g})" for part, each in recipe.lora.items()

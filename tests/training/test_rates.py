@@ -42,6 +42,7 @@ def test_a_rate_that_is_set_for_all_weights_is_kept(base15: Base, photo_image: I
         ([0.8, 0.5, 0.3, 0.2], False),
         ([0.8, 2.0, 0.5, 0.7], False),
         ([0.8, 0.5, 0.7, 0.9], True),
+        ([0.8, 0.85], False),  # a fit too short to learn
         ([0.8, *[2.0] * 5, 1.4, 0.4], True),  # the mean of the last quarter
         ([0.1, 0.1, 0.1, 0.4], False),  # the noise of good fits
         ([0.9], False),
