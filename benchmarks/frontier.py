@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "rank 8": ("lora.unet.rank=8",),
     "no convolutions": ("lora.unet.targets=to_q,to_k,to_v,to_out.0,ff.net.2",),
     "no text encoder": ("lora.text_encoder.rank=0",),
-    "full, 120 steps": FULL,
+    "full, 120 steps": (*FULL, "fit.steps=120"),
     "full, 60 steps": (*FULL, "fit.steps=60"),
 }
 

@@ -51,8 +51,8 @@ class HubError(UnituneError, OSError):
     """The hub can't be reached, refuses the request, or has no such repository or file."""
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Returns an error's message as one line of at most `limit` characters that are safe to print.
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """Returns a text or an error's message as one line of at most `limit` characters that are safe to print.
 
     Libraries quote the content of files in their messages, control characters included.
     """

@@ -42,7 +42,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         raise _unwritable(path, error) from error
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = False) -> None:
     """Writes a temporary file next to the destination and renames it, so that no partial file is ever visible.
 
     Args:

@@ -243,14 +243,17 @@ def _parse_value(text: str, kind: Any) -> Any:
     return text
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file of the package's own."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns sections of a recipe, as `Recipe.to_dict` returns them, as TOML."""
-    parts = {f"lora.{part}": section for part, section in sections["lora"].items()}
+    others = dict(sections)
+    parts = {f"lora.{part}": section for part, section in others.pop("lora").items()}
     blocks = []
-    for name, section in {
-        **parts,
-        **{name: each for name, each in sections.items() if name != "lora"},
-    }.items():
+    for name, section in {**parts, **others}.items():
         lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
         blocks.append("\n".join([f"[{name}]", *lines]))
     return "\n\n".join(blocks) + "\n"

@@ -24,6 +24,7 @@ LORA = {
 """Settings of the parts of every base that is built here; a base takes those of its own parts."""
 
 EDIT = EditSettings(steps=4, guidance=4.0)
+KOHYA_LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
 Lora = Mapping[str, LoraSettings]
@@ -91,3 +92,11 @@ def make_full_adapter(base: Base) -> Adapter:
     }
     recipe = Recipe(lora=own(base), edit=EDIT, fit=FitSettings(method="full"))
     return replace(make_adapter(base), tensors=tensors, recipe=recipe)
+
+
+def kohya_pair(layer: str = KOHYA_LAYER, width: int = 32, rank: int = 4) -> dict[str, torch.Tensor]:
+    """Returns the random tensors of one layer of a tiny base, in kohya's layout."""
+    return {
+        f"{layer}.lora_down.weight": torch.randn(rank, width),
+        f"{layer}.lora_up.weight": torch.randn(32, rank),
+    }

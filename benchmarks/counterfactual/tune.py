@@ -61,8 +61,7 @@ def settings_to_try(method: Method, trials: int) -> list[Dials]:
     rng, chosen = random.Random(0), [{dial: values[0] for dial, values in method.grid.items()}]
     for _ in range(100 * trials):
         dials = {dial: rng.choice(values) for dial, values in method.grid.items()}
-        is_guided = dials.get("guidance_start", 0) < dials.get("guidance_stop", 1)
-        if len(chosen) < trials and dials not in chosen and is_guided:
+        if len(chosen) < trials and dials not in chosen and _has_window(dials):
             chosen.append(dials)
     return chosen
 
@@ -71,12 +70,16 @@ def neighbors(method: Method, dials: Dials) -> list[Dials]:
     """The settings that differ in one number by one value of the search space."""
     found = []
     for dial, values in method.grid.items():
-        if dials[dial] in (ordered := sorted(set(values))):
+        ordered = sorted(set(values))
+        if dials[dial] in ordered:
             at = ordered.index(dials[dial])
-            found += [
-                dials | {dial: value} for value in (*ordered[max(at - 1, 0) : at], *ordered[at + 1 : at + 2])
-            ]
-    return [one for one in found if one.get("guidance_start", 0) < one.get("guidance_stop", 1)]
+            found += [dials | {dial: value} for i, value in enumerate(ordered) if abs(i - at) == 1]
+    return [one for one in found if _has_window(one)]
+
+
+def _has_window(dials: Dials) -> bool:
+    """Whether guidance starts before it stops."""
+    return bool(dials.get("guidance_start", 0) < dials.get("guidance_stop", 1))
 
 
 def tune(name: str, count: int, trials: int, base: str, device: str) -> dict[str, Any]:

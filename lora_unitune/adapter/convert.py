@@ -56,11 +56,7 @@ def convert(
         adapter.save(output, overwrite, dtype, layout)
     if sidecar:
         content = json.dumps(adapter.sidecar(), indent=1).encode()
-        write_atomically(beside, lambda temporary: _write(temporary, content), overwrite)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+        write_atomically(beside, lambda temporary: temporary.write_bytes(content), overwrite)
 
 
 def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overwrite: bool = False) -> None:
@@ -105,8 +101,6 @@ def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overw
 def _stored_dtype(source: Source) -> torch.dtype:
     """Returns the dtype of an adapter's tensors: float32 if they differ, and float16 for int8."""
     formats = {entry.format for key, entry in source.entries.items() if not key.endswith(".alpha")}
-    formats = {
-        "F16" if name.startswith("F8") else name for name in formats
-    }  # a larger dtype that holds all of it
+    formats = {"F16" if name.startswith("F8") else name for name in formats}  # float16 holds all of float8
     only = {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}
     return only.get(frozenset(formats - {"I8"}), torch.float32)

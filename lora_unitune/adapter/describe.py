@@ -31,7 +31,6 @@ _TRAINING = (
     "clip_skip",
 )
 _LONGEST = 200  # characters of an entry
-_UNKNOWN_AFTER_STRIP = ("learning_rate",)
 
 
 def describe(place: str | Path) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def _known_settings(recipe: Recipe, has_fit: bool) -> dict[str, Any]:
     if has_fit:
         return settings
     lora = {
-        part: {key: value for key, value in section.items() if key not in _UNKNOWN_AFTER_STRIP}
+        part: {key: value for key, value in section.items() if key != "learning_rate"}
         for part, section in settings["lora"].items()
     }
     return {"lora": lora, "fit": {"method": recipe.fit.method}, "edit": settings["edit"]}

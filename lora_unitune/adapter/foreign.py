@@ -36,10 +36,9 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     for row, ours in zip(rows, named, strict=True):
         if row.owns({key: shape for key, shape in ours.items() if key}):
             return row
-    stated = [row for row in rows if stated_base(metadata).startswith(row.names.versions or ("?",))]
     hinted = [row for row in rows if row.hints and any(key.startswith(row.hints) for key in shapes)]
     possible = [row for row, ours in zip(rows, named, strict=True) if None not in ours]
-    return next(iter([*stated, *hinted, *possible, rows[0]]))
+    return next(iter([*_stated(metadata), *hinted, *possible, rows[0]]))
 
 
 def certain_family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Family | None:
@@ -50,10 +49,12 @@ def certain_family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str,
         metadata: The `__metadata__` of the header.
     """
     owners = [row for row in FAMILIES.values() if row.owns(shapes)]
-    stated = [
-        row for row in FAMILIES.values() if stated_base(metadata).startswith(row.names.versions or ("?",))
-    ]
-    return next(iter([*owners, *stated]), None)
+    return next(iter([*owners, *_stated(metadata)]), None)
+
+
+def _stated(metadata: Mapping[str, str]) -> list[Family]:
+    """Returns the families of the base model that a header names."""
+    return [row for row in FAMILIES.values() if stated_base(metadata).startswith(row.names.versions)]
 
 
 def stated_base(metadata: Mapping[str, str]) -> str:

@@ -192,9 +192,7 @@ def _fits(
     except AdapterFileError:
         return not all(key.rsplit(".", 2)[0] in alphas for key in weights)  # then its tensors are incomplete
     return all(
-        math.isclose(
-            alphas.get(layer, math.nan), recipe.lora[layer.partition(".")[0]].scale * shape[0], rel_tol=0.01
-        )
+        math.isclose(alphas[layer], recipe.lora[layer.partition(".")[0]].scale * shape[0], rel_tol=0.01)
         for key, shape in weights.items()
         if ".lora_A." in key and (layer := key.rsplit(".", 2)[0]) in alphas
     )

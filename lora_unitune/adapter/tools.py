@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from lora_unitune.adapter.header import PHOTO_KEY
 from lora_unitune.adapter.int8 import INT8_SUFFIX
 from lora_unitune.adapter.source import Source
 from lora_unitune.errors import AdapterFileError, SettingError
@@ -12,8 +13,6 @@ from lora_unitune.families.tools import KNOWN_KEYS
 
 TOOLS = {"diffusers": "diffusers", "comfyui": "ComfyUI", "a1111": "A1111 and Forge"}
 """Names of the tools, and how they are written."""
-
-_PHOTO = "lora_unitune.photo_latents"
 
 
 def problems(tool: str, source: Source) -> str:
@@ -25,7 +24,7 @@ def problems(tool: str, source: Source) -> str:
     """
     if any(key.endswith(INT8_SUFFIX) for key in source.entries):
         return "its tensors are stored in 8 bits"
-    keys = [entry.key for entry in source.entries.values() if entry.key != _PHOTO]
+    keys = [entry.key for entry in source.entries.values() if entry.key != PHOTO_KEY]
     unknown = [key for key in keys if not KNOWN_KEYS[tool].fullmatch(key)]
     if unknown:
         return f"{len(unknown)} of its {len(keys)} tensors have names that it doesn't know"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +22,7 @@ from lora_unitune.families import BaseFiles, default_recipe
 from lora_unitune.families.location import locate_base
 from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import load_photo
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - Python 3.10
-    import tomli as tomllib
+from lora_unitune.recipe import read_toml
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "pocket" / "examples"
 
@@ -61,7 +56,7 @@ class Row:
 
 def read_examples(folder: Path = EXAMPLES) -> list[Example]:
     """Reads edits.toml: for each photo in its folder, a table with a description and a list of edit prompts."""
-    tables = tomllib.loads((folder / "edits.toml").read_text(encoding="utf-8"))
+    tables = read_toml(folder / "edits.toml")
     return [
         Example(name, folder / f"{name}.png", table["description"], tuple(table["edits"]))
         for name, table in tables.items()

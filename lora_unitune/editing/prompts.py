@@ -26,7 +26,7 @@ def checked_text(name: str, text: Any) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        given = one_line(ValueError(repr(text)), 80)
+        given = one_line(repr(text), 80)
         raise PromptError(f"{name} = {given} isn't allowed; give one text, and edit once for each")
     try:
         text.encode()

@@ -33,7 +33,7 @@ def locate_base(name: str | Path, vae: str | Path | None = None, prediction: str
     """
     if not isinstance(name, (str, Path)):
         raise BaseModelError(
-            f"base = {one_line(ValueError(repr(name)), 80)} isn't allowed; give 'pocket', a folder, a file, a hub id "
+            f"base = {one_line(repr(name), 80)} isn't allowed; give 'pocket', a folder, a file, a hub id "
             "or a base in memory"
         )
     name = str(name)

@@ -7,6 +7,7 @@ without its suffix, is used instead. diffusers converts the names of the tensors
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -205,8 +206,6 @@ def build_tokenizer(kind: type[Any], folder: Path) -> Any:
         kind: Class of the tokenizer.
         folder: Folder with a tokenizer_config.json.
     """
-    import json
-
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     vocabulary, merges = _clip_vocabulary()
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")

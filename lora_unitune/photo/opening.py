@@ -90,7 +90,7 @@ def _content(source: Any) -> tuple[str, Path | BinaryIO]:
         return str(source), path
     else:
         raise PhotoError(
-            f"photo = {one_line(ValueError(repr(source)), 60)} isn't a photo; give the path of an image file, its "
+            f"photo = {one_line(repr(source), 60)} isn't a photo; give the path of an image file, its "
             "bytes, an open file, or a PIL image"
         )
     return name, io.BytesIO(source)

@@ -135,8 +135,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _transformed(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
     """Converts from a colour profile to sRGB."""
     srgb = ImageCms.createProfile("sRGB")
-    exact = (
-        ImageCms.Flags.NOOPTIMIZE if image.mode == "L" else ImageCms.Flags.NONE
-    )  # its table darkens dark grays
+    # the optimized table darkens dark grays
+    exact = ImageCms.Flags.NOOPTIMIZE if image.mode == "L" else ImageCms.Flags.NONE
     converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB", flags=exact)
     return image.convert("RGB") if converted is None else converted

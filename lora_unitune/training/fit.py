@@ -81,9 +81,7 @@ def fit(
         ("start", start, (Adapter, type(None))),
     ):
         if not isinstance(value, kinds):
-            raise SettingError(
-                f"{name} = {one_line(ValueError(repr(value)), 80)} isn't allowed; see help(fit)"
-            )
+            raise SettingError(f"{name} = {one_line(repr(value), 80)} isn't allowed; see help(fit)")
     read = load_photo(photo)
     if isinstance(base, (str, Path)):
         base = locate_base(base)
@@ -221,16 +219,15 @@ def _settings(
     elif recipe is None:
         recipe = default_recipe(base.name, family)
     given = [overrides] if isinstance(overrides, str) else list(overrides)
-    if (
-        recipe.fit.method == "lora" and family.complete(recipe, given).fit.method == "full"
-    ):  # its rates are for LoRA
-        rates = {
-            part: each.learning_rate / _LORA_TO_FULL for part, each in family.complete(recipe).lora.items()
-        }
-        given = [*(f"lora.{part}.learning_rate={rate}" for part, rate in rates.items()), *given]
-    recipe = family.complete(recipe, given)
-    lora = {part: replace(each, alpha=each.scale * each.rank) for part, each in recipe.lora.items()}
-    return replace(recipe, lora=lora)
+    chosen = family.complete(recipe, given)
+    if recipe.fit.method == "lora" and chosen.fit.method == "full":  # the recipe's rates are for LoRA
+        rates = [
+            f"lora.{part}.learning_rate={each.learning_rate / _LORA_TO_FULL}"
+            for part, each in family.complete(recipe).lora.items()
+        ]
+        chosen = family.complete(recipe, [*rates, *given])
+    lora = {part: replace(each, alpha=each.scale * each.rank) for part, each in chosen.lora.items()}
+    return replace(chosen, lora=lora)
 
 
 def _continued(recipe: Recipe, start: Adapter | None) -> Recipe:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
-from random_adapters import EVERYTHING, LORA, make_adapter
+from random_adapters import EVERYTHING, KOHYA_LAYER, LORA, kohya_pair, make_adapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -167,22 +167,14 @@ def test_sdxl_files_of_original_names_open_as_diffusers_opens_them(
     assert_same(ours(path), diffusers_changes(tiny_sdxl, path))
 
 
-LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 OURS = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV, OUR_CONV = "lora_unet_mid_block_resnets_0_conv1", "unet.mid_block.resnets.0.conv1"
-
-
-def pair(layer: str = LAYER, width: int = 32, rank: int = 4) -> Tensors:
-    return {
-        f"{layer}.lora_down.weight": torch.randn(rank, width),
-        f"{layer}.lora_up.weight": torch.randn(32, rank),
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
 def test_any_float_weights_open(tmp_path: Path, tiny_sd15: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "foreign.safetensors"
-    save_file({key: tensor.to(dtype) for key, tensor in pair().items()}, path)
+    save_file({key: tensor.to(dtype) for key, tensor in kohya_pair().items()}, path)
     rounded = changes(
         {f"{OURS}.lora_{'AB'['up' in k]}.weight": t.to(dtype).float() for k, t in pair_of(path).items()}
     )
@@ -215,8 +207,8 @@ def test_any_number_is_an_alpha(tmp_path: Path, value: float, dtype: torch.dtype
     alpha = torch.tensor(value).to(dtype)
     if float(alpha) != value:
         alpha = torch.tensor([[value]], dtype=torch.float32)  # one that the dtype can't hold: another shape
-    path, tensors = tmp_path / "foreign.safetensors", pair()
-    save_file({**tensors, f"{LAYER}.alpha": alpha}, path)
+    path, tensors = tmp_path / "foreign.safetensors", kohya_pair()
+    save_file({**tensors, f"{KOHYA_LAYER}.alpha": alpha}, path)
     (change,) = changes({f"{OURS}.lora_{'AB'['up' in k]}.weight": t for k, t in tensors.items()}).values()
     assert_same(ours(path), {OURS: change * value / 4})
 
@@ -224,8 +216,8 @@ def test_any_number_is_an_alpha(tmp_path: Path, value: float, dtype: torch.dtype
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (8.0, 8.0), (0.0, 4.0), (1.0, 8.0)])
 def test_each_layer_has_its_own_alpha(tiny_sd15: Path, tmp_path: Path, alphas: tuple[float, float]) -> None:
     """diffusers takes one for all layers of a kohya file, so it is compared only where they are equal."""
-    path, layers = tmp_path / "foreign.safetensors", (LAYER, LAYER.replace("to_q", "to_v"))
-    tensors = pair(layers[0]) | pair(layers[1])
+    path, layers = tmp_path / "foreign.safetensors", (KOHYA_LAYER, KOHYA_LAYER.replace("to_q", "to_v"))
+    tensors = kohya_pair(layers[0]) | kohya_pair(layers[1])
     numbers = {f"{layer}.alpha": torch.tensor(a) for layer, a in zip(layers, alphas, strict=True)}
     save_file(tensors | numbers, path)
     expected = {
@@ -287,7 +279,10 @@ def test_factors_that_are_exactly_a_lora_are_one(tmp_path: Path) -> None:
     )
     a1, b1, a2, b2 = (torch.randn(shape) for shape in ((32, 3), (3, 32), (32, 2), (2, 32)))
     loha = {"w1_a": a1, "w1_b": b1, "w2_a": a2, "w2_b": b2}
-    save_file({f"{LAYER}.hada_{k}": t for k, t in loha.items()} | {f"{LAYER}.alpha": torch.tensor(1.5)}, path)
+    save_file(
+        {f"{KOHYA_LAYER}.hada_{k}": t for k, t in loha.items()} | {f"{KOHYA_LAYER}.alpha": torch.tensor(1.5)},
+        path,
+    )
     assert_same(ours(path), {OURS: (a1 @ b1) * (a2 @ b2) / 2})
     cores = [torch.randn(3, 3, 3, 3) for _ in range(2)]
     a1, b1, a2, b2 = (torch.randn(3, 32) for _ in range(4))
@@ -300,17 +295,17 @@ def test_factors_that_are_exactly_a_lora_are_one(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[str, str]] = {
-    "DoRA": (f"{LAYER}.dora_scale", "DoRA"),
+    "DoRA": (f"{KOHYA_LAYER}.dora_scale", "DoRA"),
     "DoRA of peft": (f"{OURS}.lora_magnitude_vector", "DoRA"),
-    "LoKr": (f"{LAYER}.lokr_w1", "LoKr"),
-    "SimpleTuner's LoKr": (f"{LAYER.replace('lora_unet', 'lycoris')}.lokr_w2_a", "LoKr"),
-    "OFT": (f"{LAYER}.oft_blocks", "OFT"),
-    "diag-OFT of lycoris": (f"{LAYER}.oft_diag", "OFT"),
+    "LoKr": (f"{KOHYA_LAYER}.lokr_w1", "LoKr"),
+    "SimpleTuner's LoKr": (f"{KOHYA_LAYER.replace('lora_unet', 'lycoris')}.lokr_w2_a", "LoKr"),
+    "OFT": (f"{KOHYA_LAYER}.oft_blocks", "OFT"),
+    "diag-OFT of lycoris": (f"{KOHYA_LAYER}.oft_diag", "OFT"),
     "BOFT": (f"{OURS}.boft_R", "OFT"),
-    "GLoRA": (f"{LAYER}.a1.weight", "GLoRA"),
-    "IA3": (f"{LAYER}.on_input", "IA3"),
+    "GLoRA": (f"{KOHYA_LAYER}.a1.weight", "GLoRA"),
+    "IA3": (f"{KOHYA_LAYER}.on_input", "IA3"),
     "norms": ("lora_unet_mid_block_resnets_0_norm1.w_norm", "norms"),
-    "differences": (f"{LAYER}.diff", "whole weight differences"),
+    "differences": (f"{KOHYA_LAYER}.diff", "whole weight differences"),
     "biases": (f"{OURS}.lora_B.bias", "biases"),
     "textual inversion": ("emb_params", "textual inversion"),
     "FLUX": ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "FLUX"),
@@ -327,7 +322,7 @@ OTHERS: dict[str, tuple[str, str]] = {
 def test_other_kinds_are_refused_by_name(tmp_path: Path, name: str) -> None:
     key, title = OTHERS[name]
     path = tmp_path / "foreign.safetensors"
-    save_file({**pair(), key: torch.randn(4, 4)}, path)
+    save_file({**kohya_pair(), key: torch.randn(4, 4)}, path)
     for read in (lambda: Adapter.load(path, ""), lambda: describe(path)):
         with pytest.raises(AdapterFileError, match=title) as caught:
             read()
@@ -338,7 +333,7 @@ def test_embeddings_beside_a_lora_are_skipped_with_a_note(
     base15: Base, editor: Editor, tmp_path: Path
 ) -> None:
     path = tmp_path / "foreign.safetensors"
-    save_file({**pair(), "bundle_emb.style.clip_l": torch.randn(2, 16)}, path)
+    save_file({**kohya_pair(), "bundle_emb.style.clip_l": torch.randn(2, 16)}, path)
     adapter = Adapter.load(path, "")
     assert len(adapter.tensors) == 2 and "bundle_emb" in adapter.notes[0]
     assert "bundle_emb" in " ".join(editor.edit(adapter, "a fox", strength=1.0, steps=2).notes)
@@ -347,7 +342,7 @@ def test_embeddings_beside_a_lora_are_skipped_with_a_note(
 def test_a_header_that_says_dora_is_believed(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     entry = json.dumps({"unet.r": 4, "unet.lora_alpha": 4, "unet.use_dora": True})
-    save_file(pair(), path, {"lora_adapter_metadata": entry})
+    save_file(kohya_pair(), path, {"lora_adapter_metadata": entry})
     with pytest.raises(AdapterFileError, match="DoRA"):
         Adapter.load(path, "")
 
@@ -367,51 +362,3 @@ def test_one_key_has_one_reading() -> None:
         assert split(f"unet.x.{end}") == ("unet.x", what)
         assert split(f"base_model.model.x.{end}") == ("x", what)
     assert split("unet.x.weight") is None and split("unet.x.lora_B.bias") is None
-
-
-WRONG: list[tuple[str, dict[str, str], str]] = [
-    ("sd", {"ss_base_model_version": "sdxl_base_v1-0"}, "for Stable Diffusion XL"),
-    ("sd", {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "for Stable Diffusion XL"),
-    ("sdxl", {"ss_base_model_version": "sd_v1"}, "for Stable Diffusion 1.x"),
-    ("sdxl", {}, "Stable Diffusion XL"),
-]
-
-
-@pytest.mark.parametrize(("family", "metadata", "message"), WRONG)
-def test_a_file_for_another_base_says_so(
-    request: pytest.FixtureRequest, tmp_path: Path, family: str, metadata: dict[str, str], message: str
-) -> None:
-    base = request.getfixturevalue({"sd": "base15", "sdxl": "basexl"}[family])
-    path = tmp_path / "foreign.safetensors"
-    save_file(pair("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"), path, metadata)
-    with pytest.raises(AdapterFileError, match=message) as caught:
-        check_fits(Adapter.load(path, ""), base)
-    assert "fit the photo again" not in str(caught.value) and "targets" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("width", "prediction", "names"),
-    [
-        (768, "", ("sd_v1", "stable-diffusion-v1")),
-        (1024, "epsilon", ("sd_v2", "stable-diffusion-v2-512")),
-        (1024, "v_prediction", ("sd_v2_v", "stable-diffusion-v2-768-v")),
-        (1024, "", ("sd_v2", "stable-diffusion-v2")),
-    ],
-)
-def test_a_base_is_named_by_its_width_and_prediction(
-    width: int, prediction: str, names: tuple[str, str]
-) -> None:
-    shapes = {"unet.mid_block.attn2.to_k.lora_A.weight": (4, width)}
-    assert FAMILIES["sd"].names.kind_of(shapes, prediction) == names
-    assert FAMILIES["sd"].owns(shapes) and not FAMILIES["sdxl"].owns(shapes)
-
-
-def test_an_sdxl_file_of_ambiguous_layers_fits_the_base_that_is_given(basexl: Base, tmp_path: Path) -> None:
-    kept = {k: t for k, t in make_adapter(basexl).tensors.items() if ".attn1." in k and k.startswith("unet.")}
-    path = tmp_path / "noxattn.safetensors"
-    save_file(kept, path)
-    editor = Editor(basexl)
-    image = editor.edit(Adapter.load(path, "zqrt"), "a fox", strength=1.0, steps=2).image
-    plain = editor.edit(Adapter.load(path, "zqrt"), "a fox", strength=1.0, steps=2, adapter_scale=0.0).image
-    editor.release()
-    assert image.tobytes() != plain.tobytes()
