@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_unitune.photo.colors import apply_map, local_map, mean
+from lora_unitune.photo.composition import apply_changes, find_changes
+
 UNKNOWN = 0.54
 """Doubt, in units of x0, that marks a region as something that the base can't draw; measured on pocket."""
 DOUBTED = 0.42
@@ -22,7 +25,8 @@ _EDGES = 3e-3  # the same for the mask
 def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tensor:
     """Returns edits with the photo's own pixels, in the edit's light, where the base can't draw them.
 
-    Elsewhere an edit gets the photo's fine detail wherever it keeps the photo's structure.
+    Elsewhere an edit gets the photo's fine detail wherever it keeps the photo's structure, and the photo's own pixels
+    wherever it changes nothing or only the light.
 
     Args:
         photo: The photo.
@@ -35,7 +39,8 @@ def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tenso
     """
     doubted = doubted_pixels(photo, doubt)
     relit = transfer_colors(photo, redraw, edit, doubted)
-    return torch.lerp(add_detail(photo, redraw, edit), relit, doubted).clamp(0, 1)
+    restored = torch.lerp(add_detail(photo, redraw, edit), relit, doubted).clamp(0, 1)
+    return torch.cat([apply_changes(photo, find_changes(photo, one[None])) for one in restored])
 
 
 def doubted_pixels(photo: Tensor, doubt: Tensor) -> Tensor:
@@ -44,15 +49,15 @@ def doubted_pixels(photo: Tensor, doubt: Tensor) -> Tensor:
     The doubt is smoothed and thresholded with hysteresis: a region above `DOUBTED` counts if it is above `UNKNOWN`
     somewhere. A guided filter fits the result to the photo's edges.
     """
-    smooth = _box(doubt, 1)
+    smooth = mean(doubt, 1)
     inside = (smooth > DOUBTED - 0.05).to(smooth)
     highest = smooth * inside
     while not torch.equal(spread := F.max_pool2d(highest, 3, 1, 1) * inside, highest):
         highest = spread
     smooth, highest = (_enlarged(plane, photo) for plane in (smooth, F.max_pool2d(highest, 3, 1, 1)))
     rough = torch.sigmoid((smooth - DOUBTED) / _SOFTNESS) * torch.sigmoid((highest - UNKNOWN) / _SOFTNESS)
-    matrix, offset = _local_affine(photo, rough, _RADIUS, _EDGES)
-    return (2 * (_apply(matrix, photo) + offset).clamp(0, 1) - 0.5).clamp(0, 1)
+    matrix, offset = local_map(photo, rough, _RADIUS, _EDGES)
+    return (2 * (apply_map(matrix, offset, photo)).clamp(0, 1) - 0.5).clamp(0, 1)
 
 
 def add_detail(photo: Tensor, redraw: Tensor, edit: Tensor) -> Tensor:
@@ -61,8 +66,8 @@ def add_detail(photo: Tensor, redraw: Tensor, edit: Tensor) -> Tensor:
     In each window, the guided filter (He et al., "Guided Image Filtering", ECCV 2010) explains the edit as an affine
     map of the redraw's colors; its matrix applies to the detail too, and is 0 where the edit shows something else.
     """
-    matrix, _ = _local_affine(redraw, edit, _RADIUS, _SMOOTHING)
-    return edit + _apply(matrix, photo - redraw)
+    matrix, _ = local_map(redraw, edit, _RADIUS, _SMOOTHING)
+    return edit + apply_map(matrix, 0, photo - redraw)
 
 
 def transfer_colors(photo: Tensor, redraw: Tensor, edit: Tensor, weight: Tensor) -> Tensor:
@@ -85,8 +90,8 @@ def transfer_colors(photo: Tensor, redraw: Tensor, edit: Tensor, weight: Tensor)
 
     def moments(image: Tensor) -> tuple[Tensor, Tensor]:
         colors = image.flatten(2)
-        mean = (shares * colors).sum(2, keepdim=True)
-        return mean, (shares * (colors - mean)) @ (colors - mean).mT
+        center = (shares * colors).sum(2, keepdim=True)
+        return center, (shares * (colors - center)) @ (colors - center).mT
 
     (before, spread), (after, wanted) = moments(redraw), moments(edit)
     identity = torch.eye(3, device=edit.device)
@@ -107,39 +112,3 @@ def _root(matrix: Tensor) -> Tensor:
 def _enlarged(plane: Tensor, photo: Tensor) -> Tensor:
     """Returns a plane, (1, 1, h', w'), at the photo's size."""
     return F.interpolate(plane, size=photo.shape[-2:], mode="bicubic", align_corners=False)
-
-
-def _box(image: Tensor, radius: int) -> Tensor:
-    """Returns the mean over the window around each pixel, (b, c, h, w)."""
-    padded = F.pad(image, (radius,) * 4, mode="replicate")
-    return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
-
-
-def _local_affine(guide: Tensor, image: Tensor, radius: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """Fits image = matrix guide + offset in each window.
-
-    Args:
-        guide: (1, 3, h, w).
-        image: (b, c, h, w).
-        radius: Radius of the windows in pixels.
-        ridge: Added to the variances of the guide's colors.
-
-    Returns:
-        The matrices, (b, c, 3, h, w), and the offsets, (b, c, h, w).
-    """
-    (count, channels, height, width) = image.shape
-    guide_mean, mean = _box(guide, radius), _box(image, radius)
-    products = torch.einsum("zihw,zjhw->zijhw", guide, guide).flatten(1, 2)
-    variance = _box(products, radius).unflatten(1, (3, 3)) - guide_mean[:, :, None] * guide_mean[:, None]
-    products = (guide[:, None] * image[:, :, None]).flatten(1, 2)
-    covariance = _box(products, radius).unflatten(1, (channels, 3)) - guide_mean[:, None] * mean[:, :, None]
-    variance = variance.permute(0, 3, 4, 1, 2) + ridge * torch.eye(3, device=guide.device)
-    matrix = torch.linalg.solve(variance, covariance.permute(0, 3, 4, 2, 1)).permute(0, 4, 3, 1, 2)
-    offset = mean - _apply(matrix, guide_mean)
-    smooth = _box(matrix.flatten(1, 2), radius).reshape(count, channels, 3, height, width)
-    return smooth, _box(offset, radius)
-
-
-def _apply(matrix: Tensor, image: Tensor) -> Tensor:
-    """Returns matrix (b, c, 3, h, w) times image (1, 3, h, w) at each pixel, (b, c, h, w)."""
-    return (matrix * image[:, None]).sum(2)

@@ -143,6 +143,7 @@ def test_the_doubt_is_the_plain_bases_whatever_was_used_before(
     found, lora, full = list[Tensor](), make_adapter(base15), make_full_adapter(base15)
     ours = editing.doubt
     monkeypatch.setattr(editing, "doubt", lambda *given: found.append(ours(*given)) or found[-1])
+    monkeypatch.setattr(editing, "restore", lambda photo, redraw, edit, doubt: edit)
     assert lora.photo_latents is not None
     photos = [lora.photo_latents, lora.photo_latents.flip(3)]
     settings, pictures = replace(SETTINGS, steps=1, details=True), list[Tensor]()
