@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lora_unitune.adapter.describe import describe as describe
     from lora_unitune.editing.editor import Editor as Editor
     from lora_unitune.editing.record import Edit as Edit
-    from lora_unitune.editing.record import read_settings as read_settings
     from lora_unitune.errors import AdapterFileError as AdapterFileError
     from lora_unitune.errors import BaseModelError as BaseModelError
     from lora_unitune.errors import DeviceError as DeviceError
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from lora_unitune.errors import UnituneError as UnituneError
     from lora_unitune.families import load_base as load_base
     from lora_unitune.families.location import locate_base as locate_base
+    from lora_unitune.photo.writing import read_settings as read_settings
     from lora_unitune.recipe import Recipe as Recipe
     from lora_unitune.training.fit import fit as fit
 
@@ -56,7 +56,7 @@ _MODULE_OF = {
     "fit": "training.fit",
     "load_base": "families",
     "locate_base": "families.location",
-    "read_settings": "editing.record",
+    "read_settings": "photo.writing",
 }
 """Module that defines each public name."""
 

@@ -194,6 +194,11 @@ class EditSettings(Section):
         "Restore the photo's own pixels, in the edit's light, where the base can't draw them, and its fine detail "
         "where the edit keeps its structure; best from the photo itself, since an adapter holds only its latents.",
     )
+    size: Literal["photo", "base"] = _value(
+        "photo",
+        "Size of the image: the photo's own, where the photo is given, with its own pixels wherever the edit changes "
+        "nothing or only the light; or the base's.",
+    )
 
 
 def check_whole(name: str, value: Any, low: int) -> None:

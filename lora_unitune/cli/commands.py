@@ -35,7 +35,7 @@ from lora_unitune.cli.options import (
     settings_options,
 )
 from lora_unitune.cli.terminal import Commands, bytes_text, check_apart, print_notes, progress, shown, writing
-from lora_unitune.editing.record import PICTURES
+from lora_unitune.photo.writing import PICTURES
 from lora_unitune.settings import EditSettings, FitSettings
 
 _BATCH = 4
@@ -155,7 +155,7 @@ def fit_command(
 @main.command("edit")
 @adapter_argument
 @click.argument("prompt", metavar="PROMPT", type=TEXT)
-@output_option("FILE", "The PNG, JPEG or WebP to write; see -n.", *PICTURES)
+@output_option("FILE", "The PNG, JPEG, WebP, TIFF or AVIF to write; see -n.", *PICTURES)
 @click.option(
     "-n",
     "--count",

@@ -22,6 +22,7 @@ from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.suits import check_fits, checked_photo
+from lora_unitune.editing.finish import change_notes, finished
 from lora_unitune.editing.prompts import checked_text, prompt_notes
 from lora_unitune.editing.record import Edit, check_finite, repeatable, to_image
 from lora_unitune.editing.sampling import doubt, sample_edit
@@ -382,11 +383,14 @@ class Editor:
                     raise _out_of_memory(size) from None
                 batch_size = len(batch) // 2
                 continue
+            with self._lock:
+                edits = finished(self.base, images, start, settings)
             seconds = (time.perf_counter() - started) / len(batch)
-            for seed, pixels in zip(batch, images, strict=True):
-                image = to_image(pixels)
-                made = {**record, "seed": seed, "size": list(image.size)}
-                yield Edit(image, text, made, seconds, tuple(notes))
+            for seed, (image, own, changes) in zip(batch, edits, strict=True):
+                made = {**record, "seed": seed, "image_size": list(image.size)}
+                said = (*notes, *change_notes(changes, size))
+                whole = start.whole if changes else None
+                yield Edit(image, text, made, seconds, said, own, changes, whole)
             left, started = left[len(batch) :], time.perf_counter()
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_unitune.errors import OutputError, SettingError
-from lora_unitune.output import write_atomically
+from lora_unitune.errors import SettingError
+from lora_unitune.photo.writing import save_edit
 from lora_unitune.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -17,17 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_unitune.adapter.adapter import Adapter
+    from lora_unitune.photo.composition import Changes
+    from lora_unitune.photo.reading import Photo
 
-ENTRY = "lora_unitune"
-"""Name of the PNG's text entry with the settings; the EXIF software of other files."""
-
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""End of a picture's name -> its format."""
-
-_BEFORE = {"residual": False, "details": False, "least_change": 0.0}  # of edits older than these settings
-_SOFTWARE, _EXIF_IFD, _COMMENT = 0x0131, 0x8769, 0x9286  # EXIF: Software, ExifIFD, UserComment
-_ASCII = b"ASCII\0\0\0"
-_LARGEST_EXIF = 65_000  # bytes that fit into a JPEG's segment
+_BEFORE = {
+    "residual": False,
+    "details": False,
+    "least_change": 0.0,
+    "size": "base",
+}  # of edits older than these settings
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,14 @@ class Edit:
     """An edited image with every setting that it was made with.
 
     Attributes:
-        image: The image, RGB.
+        image: The image, RGB: at the photo's own size, or at the base's.
         prompt: The complete prompt, including rare tokens.
         settings: Everything needed to repeat the edit, as JSON-serializable values.
         seconds: Duration of the edit in seconds, without loading the base.
         notes: Notes for the user, one sentence each.
+        base_image: The image at the base's size.
+        changes: What it changes in the photo; None if the image has the base's size.
+        photo: The photo at its own size; None likewise.
     """
 
     image: Image.Image
@@ -47,61 +47,25 @@ class Edit:
     settings: dict[str, Any]
     seconds: float
     notes: tuple[str, ...] = ()
+    base_image: Image.Image | None = None
+    changes: Changes | None = None
+    photo: Photo | None = None
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, overwrite: bool = False, keep_gps: bool = False) -> None:
         """Writes the image with the settings, which `read_settings` reads, as the end of its name says.
 
-        A PNG is exact; JPEG and WebP are compressed at quality 95, and hold the settings as an EXIF comment.
+        PNG and TIFF are exact; JPEG, WebP and AVIF are compressed at quality 95. The photo's EXIF entries and its
+        color profile are kept, and XMP says that the image is edited.
 
         Args:
-            path: Path of the file; its name ends in .png, .jpg, .jpeg or .webp.
+            path: Path of the file; its name ends in .png, .jpg, .webp, .tif or .avif.
             overwrite: Whether an existing file may be replaced.
+            keep_gps: Whether the position that the photo was taken at is kept.
 
         Raises:
             OutputError: The file already exists, its name ends otherwise, or it can't be written.
         """
-        from PIL import Image, PngImagePlugin
-
-        kind = PICTURES.get(Path(path).suffix.lower())
-        if kind is None:
-            raise OutputError(f"{path} isn't the name of a picture; let it end in {', '.join(PICTURES)}")
-        text = json.dumps(self.settings)
-        options: dict[str, Any] = {"format": kind, "quality": 95}
-        if kind == "PNG":
-            options["pnginfo"] = PngImagePlugin.PngInfo()
-            options["pnginfo"].add_text(ENTRY, text)
-        else:
-            exif = Image.Exif()
-            exif[_SOFTWARE] = ENTRY
-            exif.get_ifd(_EXIF_IFD)[_COMMENT] = _ASCII + text.encode()
-            if len(exif.tobytes()) > _LARGEST_EXIF:
-                raise OutputError(
-                    f"{path} can't hold settings of {len(text)} characters; write a PNG instead"
-                )
-            options |= {"exif": exif, **({"subsampling": 0} if kind == "JPEG" else {})}
-        write_atomically(path, lambda temporary: self.image.save(temporary, **options), overwrite)
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads the settings stored in an edited image.
-
-    Args:
-        path: Path of a file that `Edit.save` wrote.
-
-    Raises:
-        SettingError: The file can't be read, or has no settings.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=sorted(set(PICTURES.values()))) as image:
-            comment = image.getexif().get_ifd(_EXIF_IFD).get(_COMMENT, b"")
-            settings = json.loads(image.info[ENTRY] if ENTRY in image.info else comment[len(_ASCII) :])
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise SettingError(f"{path} has no settings of an edit in it; give a picture that lora-unitune wrote")
-    return settings
+        save_edit(self.image, path, self.settings, self.photo, keep_gps, overwrite)
 
 
 def repeatable(
@@ -121,6 +85,8 @@ def repeatable(
     names = [field.name for field in dataclasses.fields(EditSettings)]
     if settings.get("strength") == 1 and "details" not in settings:  # releases before 0.3
         settings = {**settings, "residual": False}
+    if isinstance(settings.get("size"), list):  # releases before 0.3 named the image's size so
+        settings = {name: value for name, value in settings.items() if name != "size"}
     settings = {**_BEFORE, **settings}
     needed = [*names, "prompt", "negative_prompt", "seed", "fingerprint", "adapter", "photo"]
     missing = [name for name in needed if name not in settings]

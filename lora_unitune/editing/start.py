@@ -14,7 +14,7 @@ from lora_unitune.errors import RecipeError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.opening import PhotoSource
-from lora_unitune.photo.reading import load_photo, photo_to_tensor
+from lora_unitune.photo.reading import Photo, load_photo, photo_to_tensor
 from lora_unitune.settings import EditSettings, PhotoSettings, make_section
 
 
@@ -26,6 +26,7 @@ class Start:
         size: (width, height) of the edit in pixels.
         photo: x0 of the photo, (1, c, h, w); None samples without it.
         pixels: The photo itself, (1, 3, height, width) float32 in [0, 1]; None if there is only its x0.
+        whole: The photo at its own size; None if it isn't given.
         origin: "given", "adapter", or None without a photo.
         notes: Notes for the user, one sentence each.
     """
@@ -33,6 +34,7 @@ class Start:
     size: tuple[int, int]
     photo: Tensor | None = None
     pixels: Tensor | None = None
+    whole: Photo | None = None
     origin: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -64,7 +66,7 @@ def starting_point(
         framed = frame(read, size)
         pixels = photo_to_tensor(framed)
         prefixed = tuple(f"the photo: {note}" for note in (*notes, *framed.notes))
-        return Start(size, base.encode(pixels)[0], pixels / 2 + 0.5, "given", prefixed)
+        return Start(size, base.encode(pixels)[0], pixels / 2 + 0.5, read, "given", prefixed)
     if adapter is not None and adapter.photo_latents is not None:
         return Start(size, checked_photo(adapter, base), origin="adapter")
     if settings.strength == 1:

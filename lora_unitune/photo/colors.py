@@ -43,10 +43,11 @@ def local_map(
         The matrices, (b, c, 3, h, w), and the offsets, (b, c, h, w), each the mean of the windows around a pixel.
     """
     (count, channels, height, width) = image.shape
-    total = None if weight is None else mean(weight, radius)
 
     def average(values: Tensor) -> Tensor:
-        return mean(values, radius) if weight is None else mean(values * weight, radius) / total
+        if weight is None:
+            return mean(values, radius)
+        return mean(values * weight, radius) / mean(weight, radius)
 
     if prior is not None:
         image = image - torch.einsum("ij,bjhw->bihw", prior, guide)

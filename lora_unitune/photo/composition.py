@@ -19,10 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from lora_unitune.photo.colors import apply_map, largest, local_map, mean, whole_map
+from lora_unitune.photo.framing import Box
 
 Kind = Literal["nothing", "local", "relit", "both", "restyled"]
-Box = tuple[int, int, int, int]
-"""Left, top, right and bottom of a part of the photo, in its pixels."""
 
 _SAME = 0.045  # a change of colors up to which the background counts as unchanged: the base's own error
 _SEED, _REST = 0.16, 0.08  # unexplained change with which a replaced region begins, and with which it goes on

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lora_unitune.errors import PhotoError
 from lora_unitune.photo.reading import Photo
 from lora_unitune.settings import PhotoSettings
 
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part of a photo, in its pixels."""
 SMALLEST_SIDE = 16  # pixels
 LARGEST_ENLARGEMENT = 4
 LONGEST_SHAPE = 2.0
@@ -52,6 +54,23 @@ def choose_size(
     return min(near or [(step, step)], key=distance)
 
 
+def seen_part(photo: tuple[int, int], size: tuple[int, int]) -> Box:
+    """Returns the part of a photo that a base sees: all of it, or its center if it has another aspect ratio.
+
+    Args:
+        photo: (width, height) of the photo.
+        size: (width, height) at which the base processes it.
+    """
+    width, height = photo
+    stretch = math.log(width / height * size[1] / size[0])
+    if abs(stretch) <= _STRETCH:
+        return 0, 0, width, height
+    across = min(width, round(height * size[0] / size[1]))
+    down = min(height, round(width * size[1] / size[0]))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
 def frame(photo: Photo, size: tuple[int, int]) -> Photo:
     """Resizes a photo to the size at which a base processes it, with notes on the changes.
 
@@ -72,14 +91,14 @@ def frame(photo: Photo, size: tuple[int, int]) -> Photo:
             f"needs at least {needed[0]} x {needed[1]}; give a larger photo"
         )
     notes = list(photo.notes)
-    stretch = math.log(width / height * size[1] / size[0])
-    if abs(stretch) > _STRETCH:
-        kept = min(width, height * size[0] / size[1]), min(height, width * size[1] / size[0])
-        used, whole, side = (kept[0], width, "width") if stretch > 0 else (kept[1], height, "height")
-        notes.append(f"only its centre is used, {used:.0f} of {whole} pixels of its {side}")
-        image = ImageOps.fit(photo.image, size, method=Image.Resampling.LANCZOS)
+    box = seen_part((width, height), size)
+    seen = box[2] - box[0], box[3] - box[1]
+    image = photo.image.resize(size, Image.Resampling.LANCZOS, box=box)
+    if seen != (width, height):
+        used, whole, side = (seen[0], width, "width") if seen[0] < width else (seen[1], height, "height")
+        notes.append(f"the base sees only its centre, {used} of {whole} pixels of its {side}")
     else:
-        image = photo.image.resize(size, Image.Resampling.LANCZOS)
+        stretch = math.log(width / height * size[1] / size[0])
         if abs(stretch) > 0.04:
             notes.append(
                 f"the base works on it at {size[0]} x {size[1]} pixels, which changes its shape by "

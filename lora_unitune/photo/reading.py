@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ORIENTATION = 0x0112  # EXIF tag
+EXIF, GPS = 0x8769, 0x8825
+"""EXIF tags of the blocks within the block: of the camera, and of the position."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ class Photo:
         image: The pixels, RGB, at the original size or resized by `frame`.
         source: Path of its file, or what it is called in messages.
         notes: Notes for the user on what was changed, one sentence each.
+        exif: EXIF block of its file, upright and without a thumbnail; empty if there is none.
+        profile: Color profile of its file.
     """
 
     image: Image.Image
     source: str
     notes: tuple[str, ...] = ()
+    exif: bytes = b""
+    profile: bytes | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -66,14 +72,39 @@ def load_photo(source: PhotoSource) -> Photo:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             name, image = open_image(source, notes)
-            upright = _upright_rgb(image, notes)
+            profile = image.info.get("icc_profile")
+            upright, exif = _upright_rgb(image, notes), _kept_exif(image, notes)
         except PhotoError:
             raise
         except MemoryError:
             raise PhotoError(f"{name} doesn't fit into memory; make it smaller first") from None
         except DECODING_ERRORS as error:
             raise PhotoError(f"{name} is damaged or incomplete ({one_line(error)}); get it again") from None
-    return Photo(upright, name, tuple(notes))
+    return Photo(upright, name, tuple(notes), exif, profile)
+
+
+def exif_of(block: bytes) -> Image.Exif:
+    """Returns the entries of an EXIF block; none for an empty one."""
+    exif = Image.Exif()
+    if block:
+        exif.load(block)
+    return exif
+
+
+def _kept_exif(image: Image.Image, notes: list[str]) -> bytes:
+    """Returns an image's EXIF block without its thumbnail, as that of an upright image; empty for none."""
+    kept = Image.Exif()
+    try:
+        exif = image.getexif()
+        for tag, value in exif.items():
+            if tag not in (_ORIENTATION, EXIF, GPS):
+                kept[tag] = value
+        for block in (EXIF, GPS):
+            kept.get_ifd(block).update(exif.get_ifd(block))
+        return kept.tobytes() if kept or any(kept.get_ifd(block) for block in (EXIF, GPS)) else b""
+    except DECODING_ERRORS:
+        notes.append("its EXIF block is damaged, and dropped")
+        return b""
 
 
 def photo_to_tensor(photo: Photo) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_unitune import Adapter, __version__
-from lora_unitune.editing.record import read_settings
+from lora_unitune.photo.writing import read_settings
 
 
 def test_fit_prints_one_json_object_and_progress_elsewhere(fitted: tuple[Path, Result]) -> None:

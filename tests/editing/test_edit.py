@@ -291,7 +291,7 @@ def test_the_photo_given_with_an_edit_replaces_the_one_in_the_file(
     bare = editor.edit(replace(adapter, photo_latents=None), "a fox", strength=0.5, photo=photo_image)
     assert embedded.image.tobytes() != external.image.tobytes() == bare.image.tobytes()
     assert [edit.settings["photo"] for edit in (embedded, external)] == ["adapter", "given"]
-    assert any("only its centre is used" in note for note in external.notes)
+    assert any("sees only its centre" in note for note in external.notes)
 
 
 def test_less_strength_stays_nearer_to_the_photo(editor: Editor, adapter: Adapter) -> None:

@@ -11,9 +11,9 @@ from random_adapters import EDIT, make_adapter
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.editing.editor import Editor
-from lora_unitune.editing.record import read_settings
 from lora_unitune.errors import OutputError, SettingError
 from lora_unitune.families import Base
+from lora_unitune.photo.writing import read_settings
 
 
 def test_a_png_repeats_its_edit_exactly(
@@ -104,7 +104,7 @@ def test_the_settings_hold_everything(base15: Base, editor: Editor, adapter: Ada
     settings = editor.edit(adapter, "a fox").settings
     assert settings["prompt"] == "a fox" and settings["rare_tokens"] == adapter.rare_tokens
     assert settings["fingerprint"] == base15.fingerprint
-    assert settings["size"] == list(base15.size)
+    assert settings["image_size"] == list(base15.size)
     assert settings["guidance"] == EDIT.guidance and settings["steps"] == EDIT.steps
     assert {"lora_unitune", "torch", "diffusers"} <= settings.keys()
 

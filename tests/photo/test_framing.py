@@ -61,7 +61,7 @@ def test_a_photo_of_nearly_the_shape_is_not_cropped(shape: tuple[int, int]) -> N
 def test_a_panorama_is_center_cropped_with_a_note() -> None:
     framed = frame(load_photo(gradient(1000, 100)), choose_size((1000, 100), OWN, (64, 64), 16))
     assert framed.image.size == (96, 48)
-    assert "only its centre is used, 200 of 1000 pixels of its width" in framed.notes
+    assert "the base sees only its centre, 200 of 1000 pixels of its width" in framed.notes
     red = np.asarray(framed.image)[..., 0]
     assert red.min() > 95 and red.max() < 160, "the middle fifth"
 
