@@ -175,8 +175,18 @@ def fit_command(
 )
 @settings_options(EditSettings)
 @click.option(
-    "--photo", metavar="PHOTO", type=FILE, help="The photo to start from, instead of the one in ADAPTER."
+    "--photo",
+    metavar="PHOTO",
+    type=FILE,
+    help="The photo to start from, instead of the one in ADAPTER; the image gets its size and its fine detail.",
 )
+@click.option(
+    "--mask",
+    metavar="FILE",
+    type=FILE,
+    help="With --photo: an image whose white parts may change, gray ones partly, and black ones not at all.",
+)
+@click.option("--keep-gps", is_flag=True, help="Keep the position that the photo was taken at in the image.")
 @click.option(
     "--trigger",
     type=TEXT,
@@ -195,6 +205,8 @@ def edit_command(
     seed: int,
     negative_prompt: str,
     photo: str | None,
+    mask: str | None,
+    keep_gps: bool,
     trigger: str | None,
     base: str | None,
     device: str,
@@ -210,7 +222,8 @@ def edit_command(
 
     \b
     Examples:
-      lora-unitune edit photo.safetensors "a fox at night" -o out.png --photo photo.jpg
+      lora-unitune edit photo.safetensors "a fox at night" -o out.jpg --photo photo.jpg
+      lora-unitune edit photo.safetensors "a red balloon" -o out.png --photo photo.jpg --mask sky.png
       lora-unitune edit photo.safetensors "a fox at night" -o out.png -n 4 --guidance 4
       lora-unitune edit photo.safetensors "a pencil sketch" -o out.png --strength 0.8
     """
@@ -239,12 +252,13 @@ def edit_command(
             seeds,
             negative_prompt=negative_prompt,
             photo=photo,
+            mask=mask,
             batch_size=_BATCH,
             **settings,
         )
         for done, (path, edit) in enumerate(zip(paths, edits, strict=True), start=1):
             with display.aside(), writing(path):
-                edit.save(path, overwrite=overwrite)
+                edit.save(path, overwrite=overwrite, keep_gps=keep_gps)
                 if not as_json:
                     print_notes(() if images else edit.notes)
                     click.echo(f"{path}: {edit.seconds:.1f} s")

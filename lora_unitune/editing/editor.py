@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import diffusers
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_unitune import __version__
 from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
@@ -24,7 +22,7 @@ from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.suits import check_fits, checked_photo
 from lora_unitune.editing.finish import change_notes, finished
 from lora_unitune.editing.prompts import checked_text, prompt_notes
-from lora_unitune.editing.record import Edit, check_finite, repeatable, to_image
+from lora_unitune.editing.record import Edit, check_finite, record, repeatable, to_image
 from lora_unitune.editing.sampling import doubt, sample_edit
 from lora_unitune.editing.start import Start, chosen_settings, starting_point
 from lora_unitune.errors import DeviceError, PromptError, SettingError
@@ -91,6 +89,7 @@ class Editor:
         *,
         negative_prompt: str | None = "",
         photo: PhotoSource | None = None,
+        mask: PhotoSource | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> Edit:
@@ -101,7 +100,8 @@ class Editor:
                 rare tokens.
             prompt: Description of the edited image; the rare tokens are prepended.
             negative_prompt: Prompt of the unconditional prediction of guidance, instead of the empty prompt.
-            photo: The photo to start from, instead of the one in the adapter file.
+            photo: The photo to start from, instead of the one in the adapter file; the image has its size.
+            mask: An image of the photo's shape: white parts may change, gray ones partly, black ones don't.
             seed: Seed of the noise.
             **settings: Fields of `settings.EditSettings`, such as guidance=4 or strength=0.8; the
                 others default to the adapter's recipe.
@@ -113,9 +113,8 @@ class Editor:
             PhotoError: The photo can't be read.
             DeviceError: The device runs out of memory.
         """
-        return next(
-            self.edits(adapter, prompt, [seed], negative_prompt=negative_prompt, photo=photo, **settings)
-        )
+        given: dict[str, Any] = {"negative_prompt": negative_prompt, "photo": photo, "mask": mask}
+        return next(self.edits(adapter, prompt, [seed], **given, **settings))
 
     def edit_many(
         self,
@@ -153,6 +152,7 @@ class Editor:
         *,
         negative_prompt: str | None = "",
         photo: PhotoSource | None = None,
+        mask: PhotoSource | None = None,
         batch_size: int = 1,
         **settings: Any,
     ) -> Iterator[Edit]:
@@ -164,6 +164,7 @@ class Editor:
             seeds: Seeds of the noise, one for each edit.
             negative_prompt: As for `edit`.
             photo: As for `edit`.
+            mask: As for `edit`.
             batch_size: Maximum batch size. Batches are faster than single samples, and may differ from them by
                 one level of 255 in a few values. Reduced when memory runs out, and on a CPU for larger images,
                 for which batching isn't faster.
@@ -177,7 +178,7 @@ class Editor:
         if isinstance(seeds, int):
             raise SettingError(f"seeds = {seeds} isn't allowed; give a list, such as [{seeds}]")
         check_whole("batch_size", batch_size, 1)
-        yield from self._run(adapter, prompt, negative_prompt, photo, seeds, settings, batch_size)
+        yield from self._run(adapter, prompt, negative_prompt, photo, seeds, settings, batch_size, mask=mask)
 
     def reconstruct(
         self,
@@ -208,6 +209,7 @@ class Editor:
         adapter: Adapter | str | Path | None,
         settings: dict[str, Any],
         photo: PhotoSource | None = None,
+        mask: PhotoSource | None = None,
     ) -> Edit:
         """Repeats an edit exactly.
 
@@ -215,17 +217,21 @@ class Editor:
             adapter: Adapter that the edit was made with.
             settings: Settings of the edit, from `Edit.settings` or `read_settings`.
             photo: Photo that the edit started from, if it wasn't the one in the adapter file.
+            mask: Its mask, if it had one.
 
         Raises:
             SettingError: A setting is missing or wrong, or the edit was made with another base or adapter.
             UnituneError: As for `edit`.
         """
         adapter = self._opened(adapter)
-        settings = repeatable(settings, self.base.fingerprint, adapter, has_photo=photo is not None)
+        given = [name for name, value in (("photo", photo), ("mask", mask)) if value is not None]
+        settings = repeatable(settings, self.base.fingerprint, adapter, given)
         chosen = {field.name: settings[field.name] for field in dataclasses.fields(EditSettings)}
         prompt, negative_prompt, seed = (settings[name] for name in ("prompt", "negative_prompt", "seed"))
         trained = not prompt  # only reconstructions have none
-        return next(self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained))
+        return next(
+            self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained, mask=mask)
+        )
 
     @_one_at_a_time
     @torch.no_grad()
@@ -334,6 +340,7 @@ class Editor:
         chosen: dict[str, Any],
         batch_size: int = 1,
         trained: bool = False,
+        mask: PhotoSource | None = None,
     ) -> Iterator[Edit]:
         """Checks the settings, samples in batches, and yields the edits."""
         started = time.perf_counter()
@@ -352,24 +359,13 @@ class Editor:
         notes = [f"the adapter: {note}" for note in adapter.notes] if adapter else []
         with self._lock:
             notes += prompt_notes(self.base, prompt=text, negative_prompt=negative_prompt)
-            start = starting_point(self.base, adapter, photo, settings)
+            start = starting_point(self.base, adapter, photo, settings, mask)
         if negative_prompt and (settings.guidance == 1 or settings.unconditional == "rare"):
             why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
             notes.append(f"{why}, so the negative prompt has no effect")
         size, notes = start.size, [*notes, *start.notes]
-        record = {
-            "lora_unitune": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "base": self.base.name,
-            "fingerprint": self.base.fingerprint,
-            "adapter": adapter.digest if adapter else None,
-            "rare_tokens": words,
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "photo": start.origin,
-            **dataclasses.asdict(settings),
-        }
+        made = record(self.base, adapter, prompt, negative_prompt, settings)
+        made |= {"rare_tokens": words, "photo": start.origin, "mask": start.mask is not None}
         left = list(seeds)
         if self.base.device.type == "cpu":
             batch_size = max(1, min(batch_size, _CPU_BATCH_PIXELS // (size[0] * size[1])))
@@ -387,10 +383,10 @@ class Editor:
                 edits = finished(self.base, images, start, settings)
             seconds = (time.perf_counter() - started) / len(batch)
             for seed, (image, own, changes) in zip(batch, edits, strict=True):
-                made = {**record, "seed": seed, "image_size": list(image.size)}
+                its = {**made, "seed": seed, "image_size": list(image.size)}
                 said = (*notes, *change_notes(changes, size))
                 whole = start.whole if changes else None
-                yield Edit(image, text, made, seconds, said, own, changes, whole)
+                yield Edit(image, text, its, seconds, said, own, changes, whole)
             left, started = left[len(batch) :], time.perf_counter()
 
 

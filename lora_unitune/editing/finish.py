@@ -38,6 +38,8 @@ def finished(base: Base, images: Tensor, start: Start, settings: EditSettings) -
     photo = np.asarray(start.whole.image)
     box = seen_part(start.whole.image.size, start.size)
     whole = [Image.fromarray(compose(photo, each, box)) for each in changes]
+    if start.mask is not None:
+        whole = [Image.composite(image, start.whole.image, start.mask) for image in whole]
     return list(zip(whole, own, changes, strict=True))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_unitune import __version__
 from lora_unitune.errors import SettingError
 from lora_unitune.photo.writing import save_edit
 from lora_unitune.settings import EditSettings
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_unitune.adapter.adapter import Adapter
+    from lora_unitune.families import Base
     from lora_unitune.photo.composition import Changes
     from lora_unitune.photo.reading import Photo
 
@@ -68,8 +71,28 @@ class Edit:
         save_edit(self.image, path, self.settings, self.photo, keep_gps, overwrite)
 
 
+def record(
+    base: Base, adapter: Adapter | None, prompt: str, negative_prompt: str, settings: EditSettings
+) -> dict[str, Any]:
+    """Returns what every edit of a run has in its settings: what it was made with."""
+    import diffusers
+    import torch
+
+    return {
+        "lora_unitune": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "base": base.name,
+        "fingerprint": base.fingerprint,
+        "adapter": adapter.digest if adapter else None,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        **dataclasses.asdict(settings),
+    }
+
+
 def repeatable(
-    settings: dict[str, Any], fingerprint: str, adapter: Adapter | None, has_photo: bool
+    settings: dict[str, Any], fingerprint: str, adapter: Adapter | None, given: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the complete settings of an edit, after a check that it can be repeated.
 
@@ -77,7 +100,7 @@ def repeatable(
         settings: Settings of the edit.
         fingerprint: Fingerprint of the base at hand.
         adapter: The adapter at hand.
-        has_photo: Whether a photo is given.
+        given: Which of "photo" and "mask" are given.
 
     Raises:
         SettingError: A setting is missing, or the edit was made with another base, adapter or photo.
@@ -95,8 +118,10 @@ def repeatable(
     ours = (fingerprint, adapter.digest if adapter else None)
     if (settings["fingerprint"], settings["adapter"]) != ours:
         raise SettingError("the edit was made with another base or adapter; repeat it with the same ones")
-    if settings["photo"] == "given" and not has_photo:
-        raise SettingError("the edit started from a photo that was given with it; give that photo again")
+    needs = {"photo": settings["photo"] == "given", "mask": bool(settings.get("mask"))}
+    for name in needs:
+        if needs[name] and name not in given:
+            raise SettingError(f"the edit was made with a {name} that was given; give that {name} again")
     return settings
 
 

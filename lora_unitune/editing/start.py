@@ -6,11 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.suits import checked_photo
-from lora_unitune.errors import RecipeError, SettingError
+from lora_unitune.errors import PhotoError, RecipeError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.photo.framing import choose_size, frame
 from lora_unitune.photo.opening import PhotoSource
@@ -27,6 +28,7 @@ class Start:
         photo: x0 of the photo, (1, c, h, w); None samples without it.
         pixels: The photo itself, (1, 3, height, width) float32 in [0, 1]; None if there is only its x0.
         whole: The photo at its own size; None if it isn't given.
+        mask: Where the image may differ from the photo, white, at the photo's own size; None allows it everywhere.
         origin: "given", "adapter", or None without a photo.
         notes: Notes for the user, one sentence each.
     """
@@ -35,12 +37,17 @@ class Start:
     photo: Tensor | None = None
     pixels: Tensor | None = None
     whole: Photo | None = None
+    mask: Image.Image | None = None
     origin: str | None = None
     notes: tuple[str, ...] = ()
 
 
 def starting_point(
-    base: Base, adapter: Adapter | None, photo: PhotoSource | None, settings: EditSettings
+    base: Base,
+    adapter: Adapter | None,
+    photo: PhotoSource | None,
+    settings: EditSettings,
+    mask: PhotoSource | None = None,
 ) -> Start:
     """Reads and encodes the photo that an edit starts from, if its settings need one.
 
@@ -49,11 +56,16 @@ def starting_point(
         adapter: The adapter, which may hold its photo's x0.
         photo: The photo to start from, instead of the adapter's.
         settings: The edit's settings.
+        mask: An image whose white parts may change, and gray ones partly.
 
     Raises:
-        SettingError: The strength is below 1 and there is no photo.
-        PhotoError: The photo can't be read.
+        SettingError: The strength is below 1 and there is no photo; or a mask has no effect.
+        PhotoError: The photo or the mask can't be read, or they don't fit together.
     """
+    if mask is not None and (photo is None or settings.size == "base"):
+        raise SettingError(
+            "mask is for the photo at its own size; pass photo=PATH too, and edit.size = 'photo'"
+        )
     size = adapter.size_on(base) if adapter else base.size
     if settings.strength == 1 and not settings.residual:
         return Start(size)
@@ -65,8 +77,9 @@ def starting_point(
             size = choose_size(read.image.size, PhotoSettings(), base.size, base.size_step)
         framed = frame(read, size)
         pixels = photo_to_tensor(framed)
-        prefixed = tuple(f"the photo: {note}" for note in (*notes, *framed.notes))
-        return Start(size, base.encode(pixels)[0], pixels / 2 + 0.5, read, "given", prefixed)
+        prefixed = [f"the photo: {note}" for note in (*notes, *framed.notes)]
+        allowed = None if mask is None else _read_mask(mask, read, prefixed)
+        return Start(size, base.encode(pixels)[0], pixels / 2 + 0.5, read, allowed, "given", tuple(prefixed))
     if adapter is not None and adapter.photo_latents is not None:
         return Start(size, checked_photo(adapter, base), origin="adapter")
     if settings.strength == 1:
@@ -76,6 +89,28 @@ def starting_point(
         f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
         "pass photo=PATH, or strength=1"
     )
+
+
+def _read_mask(source: PhotoSource, photo: Photo, notes: list[str]) -> Image.Image:
+    """Reads a mask and scales it to the photo's size; appends notes for the user.
+
+    Raises:
+        PhotoError: It has another shape than the photo, or no part that may change.
+    """
+    read = load_photo(source)
+    mask, (width, height) = read.image.convert("L"), photo.image.size
+    if abs(mask.width * height - mask.height * width) > 0.02 * mask.height * width:
+        raise PhotoError(
+            f"the mask is {mask.width} x {mask.height} pixels, and the photo {width} x {height}; give one of the "
+            "photo's shape"
+        )
+    notes += [f"the mask: {note}" for note in read.notes]
+    if mask.size != photo.image.size:
+        mask = mask.resize(photo.image.size, Image.Resampling.BILINEAR)
+        notes.append(f"the mask: it is scaled from {read.image.width} x {read.image.height} pixels")
+    if not mask.getbbox():
+        raise PhotoError("the mask is black all over, so nothing may change; what may change has to be white")
+    return mask
 
 
 def chosen_settings(
