@@ -224,9 +224,9 @@ def compress_command(
     "--picture",
     "pictures",
     multiple=True,
-    metavar="PNG",
+    metavar="PICTURE",
     type=FILE,
-    help="A sample image to show in the card; may be repeated once.",
+    help="A sample image (PNG, JPEG or WebP) to show in the card; may be repeated once.",
 )
 @click.option("--private", is_flag=True, help="Make the repository private, if this creates it.")
 @click.option("--dry-run", is_flag=True, help="Show everything that would be sent, and send nothing.")
