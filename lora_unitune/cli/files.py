@@ -63,7 +63,7 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
             if name == "size" and value
             else "unknown"
             if value in (None, "")
-            else shown(value)
+            else shown(value) or "none"
         )
         if value or name not in ("entries", "notes"):
             click.echo(f"{name.replace('_', ' '):<16}{text}")
