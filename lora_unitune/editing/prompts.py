@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_unitune.errors import PromptError, one_line
 from lora_unitune.families import Base
+from lora_unitune.settings import EditSettings
 
 _WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<[a-z]+:[^<>]*>", re.IGNORECASE)
 """Weights such as (fox:1.4) and networks such as <lora:name:1>, as other tools write them."""
@@ -59,6 +60,14 @@ def prompt_notes(base: Base, **texts: str) -> list[str]:
                 f"{', '.join(strange)}; see lora-unitune words"
             )
     return notes
+
+
+def settings_notes(settings: EditSettings, negative_prompt: str) -> list[str]:
+    """Returns notes on what an edit's settings leave without effect."""
+    if not negative_prompt or (settings.guidance != 1 and settings.unconditional != "rare"):
+        return []
+    why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
+    return [f"{why}, so the negative prompt has no effect"]
 
 
 def unknown_words(base: Base, text: str) -> list[str]:

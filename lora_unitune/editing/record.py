@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_unitune import __version__
 from lora_unitune.errors import OutputError, SettingError
-from lora_unitune.output import write_atomically
+from lora_unitune.output import PICTURES, write_atomically
 from lora_unitune.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_unitune.adapter.adapter import Adapter
+    from lora_unitune.families import Base
 
 ENTRY = "lora_unitune"
 """Name of the PNG's text entry with the settings; the EXIF software of other files."""
-
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""End of a picture's name -> its format."""
 
 _BEFORE = {"residual": False, "details": False, "least_change": 0.0}  # of edits older than these settings
 _SOFTWARE, _EXIF_IFD, _COMMENT = 0x0131, 0x8769, 0x9286  # EXIF: Software, ExifIFD, UserComment
@@ -134,17 +133,40 @@ def repeatable(
     return settings
 
 
-def check_finite(pixels: Tensor) -> None:
-    """Checks that sampling has ended in numbers that are finite: others would be shown as black.
+def recorded(
+    base: Base,
+    adapter: Adapter | None,
+    prompt: str,
+    negative_prompt: str,
+    origin: str | None,
+    settings: EditSettings,
+) -> dict[str, Any]:
+    """Returns what is recorded of every edit of a run, as JSON-serializable values: all but its seed and size.
 
-    Raises:
-        SettingError: Some aren't.
+    Args:
+        base: The base.
+        adapter: The adapter; None for the plain base.
+        prompt: The prompt without rare tokens.
+        negative_prompt: The negative prompt.
+        origin: Where the photo comes from that the edits start from, as in `Start`.
+        settings: The sampling settings.
     """
-    if not pixels.isfinite().all():
-        raise SettingError(
-            "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or edit with edit.strength "
-            "below 1"
-        )
+    import diffusers
+    import torch
+
+    return {
+        "lora_unitune": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "base": base.name,
+        "fingerprint": base.fingerprint,
+        "adapter": adapter.digest if adapter else None,
+        "rare_tokens": (adapter.rare_tokens if adapter else None) or "",
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "photo": origin,
+        **dataclasses.asdict(settings),
+    }
 
 
 def to_image(pixels: Tensor) -> Image.Image:
