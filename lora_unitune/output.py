@@ -11,6 +11,17 @@ from safetensors import SafetensorError
 
 from lora_unitune.errors import OutputError
 
+PICTURES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".avif": "AVIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+"""End of a picture's name -> its format."""
+
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
     """Checks that a file can be written, to be called before a long computation.

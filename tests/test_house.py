@@ -12,6 +12,8 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import lora_unitune
 
@@ -146,6 +148,18 @@ def test_folders_have_no_circular_imports() -> None:
         free = {folder for folder, imported in graph.items() if not imported & graph.keys()}
         assert free, f"these folders import each other: {sorted(graph)}"
         graph = {folder: imported for folder, imported in graph.items() if folder not in free}
+
+
+def test_every_lower_bound_is_what_the_smoke_test_installs() -> None:
+    """`.ci/lowest` installs `lowest.txt`, so that every lower bound is one that was run."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = (PACKAGE.parent / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    lowest = {pin.name: pin.specifier for pin in map(Requirement, pins[1:])}
+    bounds = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    assert lowest.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        ((operator, version),) = [(each.operator, each.version) for each in bound]
+        assert operator == ">=" and Version(version) in lowest[name], name
 
 
 def test_nothing_imports_what_the_wheel_leaves_out() -> None:

@@ -165,7 +165,7 @@ class Adapter:
             repo: Repository on the hub, owner/name.
             name: Name of the file in the repository.
             license: License identifier of the hub, such as "cc-by-4.0".
-            pictures: Paths of up to two sample images (PNG) to show in the card.
+            pictures: Paths of up to two sample images (PNG, JPEG, WebP or AVIF) to show in the card.
             private: Whether a new repository is private.
             dry_run: Whether to prepare the upload without sending it.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_unitune.adapter.describe import describe
 from lora_unitune.errors import AdapterFileError, HubError, SettingError, one_line
+from lora_unitune.output import PICTURES
 
 SCHEME = "hub://"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -53,7 +54,7 @@ def prepare_push(
         path: Path of an adapter file.
         repo: Repository on the hub, owner/name.
         license: License identifier of the hub, such as "cc-by-4.0".
-        pictures: Paths of up to two sample images (PNG) to show in the card.
+        pictures: Paths of up to two sample images (PNG, JPEG, WebP or AVIF) to show in the card.
         private: Whether a new repository is private.
 
     Raises:
@@ -75,9 +76,12 @@ def prepare_push(
         raise AdapterFileError(f"{path} isn't one file; convert it to diffusers' layout and push that")
     files = {Path(path).name: Path(path).read_bytes()}
     for number, picture in enumerate(pictures, 1):
-        if Path(picture).suffix.lower() != ".png" or not Path(picture).is_file():
-            raise SettingError(f"picture {picture} isn't a PNG file; give one that edit wrote")
-        files[f"sample-{number}.png"] = Path(picture).read_bytes()
+        ending = Path(picture).suffix.lower()
+        if PICTURES.get(ending, "TIFF") == "TIFF" or not Path(picture).is_file():
+            raise SettingError(
+                f"picture {picture} isn't a PNG, JPEG, WebP or AVIF file; give one that edit wrote"
+            )
+        files[f"sample-{number}{ending}"] = Path(picture).read_bytes()
     repo = repo.removeprefix(SCHEME)
     return Upload(repo, model_card(described, repo, license, [*files][1:]), files, private)
 

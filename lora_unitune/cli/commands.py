@@ -34,8 +34,17 @@ from lora_unitune.cli.options import (
     set_option,
     settings_options,
 )
-from lora_unitune.cli.terminal import Commands, bytes_text, check_apart, print_notes, progress, shown, writing
-from lora_unitune.photo.writing import PICTURES
+from lora_unitune.cli.terminal import (
+    Commands,
+    bytes_text,
+    check_apart,
+    print_notes,
+    progress,
+    shown,
+    uninterrupted,
+    writing,
+)
+from lora_unitune.output import PICTURES
 from lora_unitune.settings import EditSettings, FitSettings
 
 _BATCH = 4
@@ -230,42 +239,40 @@ def edit_command(
     from lora_unitune.output import check_output
 
     seeds, out = range(seed, seed + count), Path(output)
-    paths = [out] if count == 1 else [out.with_name(f"{out.stem}-{each}{out.suffix}") for each in seeds]
-    for path in paths:
+    many = count > 1
+    paths = {each: out.with_name(f"{out.stem}-{each}{out.suffix}") if many else out for each in seeds}
+    for path in paths.values():
         check_apart(path)
         check_output(path, overwrite)
     images: list[dict[str, Any]] = []
-    with progress() as display:
-        display.show("loading the base", 0, 1)
-        from lora_unitune import Adapter
+    try:
+        with progress() as display:
+            display.show("loading the base", 0, 1)
+            from lora_unitune import Adapter
 
-        opened = Adapter.load(adapter, trigger)
-        files = located(_base_for(opened, base))
-        load_libraries()
-        from lora_unitune import Editor
+            opened = Adapter.load(adapter, trigger)
+            files = located(_base_for(opened, base))
+            load_libraries()
+            from lora_unitune import Editor
 
-        editor = Editor(files, device=device)
-        display.show("editing", 0, count)
-        edits = editor.edits(
-            opened,
-            prompt,
-            seeds,
-            negative_prompt=negative_prompt,
-            photo=photo,
-            mask=mask,
-            batch_size=_BATCH,
-            **settings,
-        )
-        for done, (path, edit) in enumerate(zip(paths, edits, strict=True), start=1):
-            with display.aside(), writing(path):
-                edit.save(path, overwrite=overwrite, keep_gps=keep_gps)
-                if not as_json:
-                    print_notes(() if images else edit.notes)
-                    click.echo(f"{path}: {edit.seconds:.1f} s")
-            images.append(_as_json(edit, path))
-            display.show("editing", done, count)
-    if as_json:
-        click.echo(json.dumps({"adapter": adapter, "images": images}))
+            editor = Editor(files, device=device)
+            display.show("editing", 0, count)
+            given = {"negative_prompt": negative_prompt, "photo": photo, "mask": mask}
+            options = {"batch_size": _BATCH, **given, **settings}
+            for batch in editor.batches(opened, prompt, seeds, **options):
+                with display.aside(), uninterrupted():  # what is sampled is saved
+                    for edit in batch:
+                        path = paths[edit.settings["seed"]]
+                        with writing(path):
+                            edit.save(path, overwrite=overwrite, keep_gps=keep_gps)
+                        if not as_json:
+                            print_notes(() if images else edit.notes)
+                            click.echo(f"{path}: {edit.seconds:.1f} s")
+                        images.append(_as_json(edit, path))
+                display.show("editing", len(images), count)
+    finally:
+        if as_json and images:
+            click.echo(json.dumps({"adapter": adapter, "images": images}))
 
 
 @main.command("doctor")

@@ -63,7 +63,7 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
             if name == "size" and value
             else "unknown"
             if value in (None, "")
-            else shown(value)
+            else shown(value) or "none"
         )
         if value or name not in ("entries", "notes"):
             click.echo(f"{name.replace('_', ' '):<16}{text}")
@@ -224,9 +224,9 @@ def compress_command(
     "--picture",
     "pictures",
     multiple=True,
-    metavar="PNG",
+    metavar="PICTURE",
     type=FILE,
-    help="A sample image to show in the card; may be repeated once.",
+    help="A sample image (PNG, JPEG, WebP or AVIF) to show in the card; may be repeated once.",
 )
 @click.option("--private", is_flag=True, help="Make the repository private, if this creates it.")
 @click.option("--dry-run", is_flag=True, help="Show everything that would be sent, and send nothing.")

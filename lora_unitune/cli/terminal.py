@@ -66,7 +66,8 @@ class Command(click.Command):
                 check_apart(Path(ctx.params["output"]))
             return super().invoke(ctx)
         except UnituneError as error:
-            raise Failed(f"error: {in_options(str(error), self, ctx.params)}") from error
+            done = f"; {_what_is_written(ctx)}" if ctx.meta.get(_WRITTEN) else ""
+            raise Failed(f"error: {in_options(str(error), self, ctx.params)}{done}") from error
 
 
 def check_apart(output: Path) -> None:

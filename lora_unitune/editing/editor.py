@@ -20,12 +20,13 @@ from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.suits import check_fits, checked_photo
-from lora_unitune.editing.finish import change_notes, finished
-from lora_unitune.editing.prompts import checked_text, prompt_notes
-from lora_unitune.editing.record import Edit, check_finite, record, repeatable, to_image
+from lora_unitune.editing.failures import are_finite, not_finite, out_of_memory
+from lora_unitune.editing.finish import finished
+from lora_unitune.editing.prompts import checked_text, complete_prompt, prompt_notes, settings_notes
+from lora_unitune.editing.record import Edit, recorded, repeatable, to_image
 from lora_unitune.editing.sampling import doubt, sample_edit
 from lora_unitune.editing.start import Start, chosen_settings, starting_point
-from lora_unitune.errors import DeviceError, PromptError, SettingError
+from lora_unitune.errors import PromptError, SettingError
 from lora_unitune.families import Base, BaseFiles, Condition, joined, load_base
 from lora_unitune.photo.details import restore
 from lora_unitune.photo.opening import PhotoSource
@@ -150,29 +151,39 @@ class Editor:
         prompt: str,
         seeds: Sequence[int],
         *,
-        negative_prompt: str | None = "",
-        photo: PhotoSource | None = None,
-        mask: PhotoSource | None = None,
         batch_size: int = 1,
         **settings: Any,
     ) -> Iterator[Edit]:
-        """Yields an edit for each seed, each as soon as it is sampled.
+        """Yields an edit for each seed, each as soon as its batch is sampled.
 
         Args:
             adapter: As for `edit`.
             prompt: As for `edit`.
             seeds: Seeds of the noise, one for each edit.
-            negative_prompt: As for `edit`.
-            photo: As for `edit`.
-            mask: As for `edit`.
             batch_size: Maximum batch size. Batches are faster than single samples, and may differ from them by
                 one level of 255 in a few values. Reduced when memory runs out, and on a CPU for larger images,
                 for which batching isn't faster.
-            **settings: As for `edit`.
+            **settings: The other arguments of `edit`.
 
         Raises:
-            UnituneError: As for `edit`.
+            UnituneError: As for `edit`; samples that aren't finite are named after the others are yielded.
         """
+        for batch in self.batches(adapter, prompt, seeds, batch_size=batch_size, **settings):
+            yield from batch
+
+    def batches(
+        self,
+        adapter: Adapter | str | Path | None,
+        prompt: str,
+        seeds: Sequence[int],
+        *,
+        negative_prompt: str | None = "",
+        photo: PhotoSource | None = None,
+        mask: PhotoSource | None = None,
+        batch_size: int = 1,
+        **settings: Any,
+    ) -> Iterator[list[Edit]]:
+        """Yields the edits of each batch as soon as it is sampled; arguments and errors are those of `edits`."""
         if not checked_text("prompt", prompt).strip():
             raise PromptError("the prompt is empty; say in a few words what the photo should become")
         if isinstance(seeds, int):
@@ -202,7 +213,8 @@ class Editor:
             UnituneError: As for `edit`.
         """
         settings = {"steps": steps, "adapter_scale": adapter_scale, **_RECONSTRUCTION}
-        return next(self._run(adapter, "", "", None, [seed], settings, trained=True))
+        ((edit,),) = self._run(adapter, "", "", None, [seed], settings, trained=True)
+        return edit
 
     def repeat(
         self,
@@ -229,9 +241,8 @@ class Editor:
         chosen = {field.name: settings[field.name] for field in dataclasses.fields(EditSettings)}
         prompt, negative_prompt, seed = (settings[name] for name in ("prompt", "negative_prompt", "seed"))
         trained = not prompt  # only reconstructions have none
-        return next(
-            self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained, mask=mask)
-        )
+        run = self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained, mask=mask)
+        return next(run)[0]
 
     @_one_at_a_time
     @torch.no_grad()
@@ -282,6 +293,7 @@ class Editor:
         seeds: Sequence[int],
         settings: EditSettings,
         trained: bool = False,
+        checked: bool = True,
     ) -> Tensor:
         """Samples a batch of images from complete prompts and settings, for one thread at a time.
 
@@ -293,6 +305,7 @@ class Editor:
             seeds: Seeds of the noise, one for each prompt.
             settings: Sampling settings.
             trained: Whether adapter_scale is a factor of the trained strength, instead of that in the file.
+            checked: Whether a sample that isn't finite is an error; otherwise its image is NaN.
 
         Returns:
             Images (len(texts), 3, height, width) float32 in [0, 1].
@@ -316,12 +329,14 @@ class Editor:
         source = rare if settings.residual else None
         x0 = sample_edit(self.base, size, conditional, source, empty, photo, seeds, settings)
         images = self.base.decode(x0)
-        check_finite(images)
-        if doubted is None or photo is None:
-            return images
-        redraw = self.base.decode(photo)
-        shown = redraw if start.pixels is None else start.pixels.to(redraw)
-        return restore(shown, redraw, images, doubted)
+        finite = are_finite(images)
+        if checked and not finite.all():
+            raise not_finite([seeds[index] for index in (~finite).nonzero()], len(seeds))
+        if doubted is not None and photo is not None:
+            redraw = self.base.decode(photo)
+            shown = redraw if start.pixels is None else start.pixels.to(redraw)
+            images = restore(shown, redraw, images.nan_to_num(0, 0, 0), doubted)
+        return images.masked_fill(~finite[:, None, None, None], torch.nan)
 
     def _doubt(self, photo: Tensor, size: tuple[int, int]) -> Tensor:
         """Returns how wrong the plain base is about each place of a photo, cached for the last one."""
@@ -341,57 +356,43 @@ class Editor:
         batch_size: int = 1,
         trained: bool = False,
         mask: PhotoSource | None = None,
-    ) -> Iterator[Edit]:
-        """Checks the settings, samples in batches, and yields the edits."""
+    ) -> Iterator[list[Edit]]:
+        """Checks the settings, samples in batches, and yields the edits of each."""
         started = time.perf_counter()
         adapter = self._opened(adapter)
         if adapter is not None:
             check_fits(adapter, self.base)
-            if adapter.rare_tokens is None:
-                way = "open it with trigger='WORDS', which stand for its subject, or trigger='' for none"
-                raise PromptError(f"the adapter doesn't store rare tokens; {way}")
         settings = chosen_settings(self.base, adapter, photo is not None, chosen)
         for seed in seeds:
             check_whole("seed", seed, 0)
         negative_prompt = checked_text("negative_prompt", negative_prompt)
-        words = (adapter.rare_tokens if adapter else None) or ""
-        text = checked_text("trigger or prompt", " ".join(part for part in (words, prompt) if part))
+        text = complete_prompt(adapter, prompt)
         notes = [f"the adapter: {note}" for note in adapter.notes] if adapter else []
         with self._lock:
             notes += prompt_notes(self.base, prompt=text, negative_prompt=negative_prompt)
             start = starting_point(self.base, adapter, photo, settings, mask)
-        if negative_prompt and (settings.guidance == 1 or settings.unconditional == "rare"):
-            why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
-            notes.append(f"{why}, so the negative prompt has no effect")
-        size, notes = start.size, [*notes, *start.notes]
-        made = record(self.base, adapter, prompt, negative_prompt, settings)
-        made |= {"rare_tokens": words, "photo": start.origin, "mask": start.mask is not None}
-        left = list(seeds)
+        size, notes = start.size, [*notes, *settings_notes(settings, negative_prompt), *start.notes]
+        record = recorded(self.base, adapter, prompt, negative_prompt, start, settings)
+        failed, left = list[int](), list(seeds)
         if self.base.device.type == "cpu":
             batch_size = max(1, min(batch_size, _CPU_BATCH_PIXELS // (size[0] * size[1])))
         while left:
             batch = left[:batch_size]
             texts = [text] * len(batch)
             try:
-                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, trained)
+                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, trained, False)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
-                    raise _out_of_memory(size) from None
+                    raise out_of_memory(size) from None
                 batch_size = len(batch) // 2
                 continue
+            finite = are_finite(images)
+            failed += [seed for seed, is_finite in zip(batch, finite, strict=True) if not is_finite]
+            kept = [{**record, "seed": seed} for seed in batch if seed not in failed]
             with self._lock:
-                edits = finished(self.base, images, start, settings)
+                edits = finished(self.base, images[finite], text, start, settings)
             seconds = (time.perf_counter() - started) / len(batch)
-            for seed, (image, own, changes) in zip(batch, edits, strict=True):
-                its = {**made, "seed": seed, "image_size": list(image.size)}
-                said = (*notes, *change_notes(changes, size))
-                whole = start.whole if changes else None
-                yield Edit(image, text, its, seconds, said, own, changes, whole)
+            yield [edit.made(values, seconds, notes) for edit, values in zip(edits, kept, strict=True)]
             left, started = left[len(batch) :], time.perf_counter()
-
-
-def _out_of_memory(size: tuple[int, int]) -> DeviceError:
-    return DeviceError(
-        f"memory ran out for an edit of {size[0]} x {size[1]} pixels; close other programs, or edit with "
-        "device='cpu'"
-    )
+        if failed:
+            raise not_finite(failed, len(seeds))

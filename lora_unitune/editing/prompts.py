@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.errors import PromptError, one_line
 from lora_unitune.families import Base
+from lora_unitune.settings import EditSettings
 
 _WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<[a-z]+:[^<>]*>", re.IGNORECASE)
 """Weights such as (fox:1.4) and networks such as <lora:name:1>, as other tools write them."""
@@ -61,6 +63,14 @@ def prompt_notes(base: Base, **texts: str) -> list[str]:
     return notes
 
 
+def settings_notes(settings: EditSettings, negative_prompt: str) -> list[str]:
+    """Returns notes on what an edit's settings leave without effect."""
+    if not negative_prompt or (settings.guidance != 1 and settings.unconditional != "rare"):
+        return []
+    why = "guidance is 1" if settings.guidance == 1 else "guidance is against the rare tokens"
+    return [f"{why}, so the negative prompt has no effect"]
+
+
 def unknown_words(base: Base, text: str) -> list[str]:
     """Returns the words of a text that the base never learned.
 
@@ -74,3 +84,16 @@ def unknown_words(base: Base, text: str) -> list[str]:
     untrained = max(norms, default=0.0) / 4
     words = dict.fromkeys(_WORD.findall(text.lower()))
     return [word for word in words if word not in known or norms[known[word]] < untrained]
+
+
+def complete_prompt(adapter: Adapter | None, prompt: str) -> str:
+    """Returns a prompt with the adapter's rare tokens before it.
+
+    Raises:
+        PromptError: The adapter doesn't store any, or a text isn't UTF-8.
+    """
+    if adapter is not None and adapter.rare_tokens is None:
+        way = "open it with trigger='WORDS', which stand for its subject, or trigger='' for none"
+        raise PromptError(f"the adapter doesn't store rare tokens; {way}")
+    words = adapter.rare_tokens if adapter else ""
+    return checked_text("trigger or prompt", " ".join(part for part in (words, prompt) if part))

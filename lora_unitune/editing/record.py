@@ -18,16 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_unitune.adapter.adapter import Adapter
+    from lora_unitune.editing.start import Start
     from lora_unitune.families import Base
     from lora_unitune.photo.composition import Changes
     from lora_unitune.photo.reading import Photo
 
-_BEFORE = {
-    "residual": False,
-    "details": False,
-    "least_change": 0.0,
-    "size": "base",
-}  # of edits older than these settings
+_BEFORE = {"residual": False, "details": False, "least_change": 0.0, "size": "base"}
+"""Values of these settings in edits older than them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,11 @@ class Edit:
     changes: Changes | None = None
     photo: Photo | None = None
 
+    def made(self, settings: dict[str, Any], seconds: float, notes: Sequence[str]) -> Edit:
+        """Returns the edit with what else it was made with: more settings, its duration, and notes before its own."""
+        together = {**settings, **self.settings}
+        return dataclasses.replace(self, settings=together, seconds=seconds, notes=(*notes, *self.notes))
+
     def save(self, path: str | Path, overwrite: bool = False, keep_gps: bool = False) -> None:
         """Writes the image with the settings, which `read_settings` reads, as the end of its name says.
 
@@ -69,26 +71,6 @@ class Edit:
             OutputError: The file already exists, its name ends otherwise, or it can't be written.
         """
         save_edit(self.image, path, self.settings, self.photo, keep_gps, overwrite)
-
-
-def record(
-    base: Base, adapter: Adapter | None, prompt: str, negative_prompt: str, settings: EditSettings
-) -> dict[str, Any]:
-    """Returns what every edit of a run has in its settings: what it was made with."""
-    import diffusers
-    import torch
-
-    return {
-        "lora_unitune": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "base": base.name,
-        "fingerprint": base.fingerprint,
-        "adapter": adapter.digest if adapter else None,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        **dataclasses.asdict(settings),
-    }
 
 
 def repeatable(
@@ -125,17 +107,41 @@ def repeatable(
     return settings
 
 
-def check_finite(pixels: Tensor) -> None:
-    """Checks that sampling has ended in numbers that are finite: others would be shown as black.
+def recorded(
+    base: Base,
+    adapter: Adapter | None,
+    prompt: str,
+    negative_prompt: str,
+    start: Start,
+    settings: EditSettings,
+) -> dict[str, Any]:
+    """Returns what is recorded of every edit of a run, as JSON-serializable values: all but its seed and size.
 
-    Raises:
-        SettingError: Some aren't.
+    Args:
+        base: The base.
+        adapter: The adapter; None for the plain base.
+        prompt: The prompt without rare tokens.
+        negative_prompt: The negative prompt.
+        start: What the edits start from.
+        settings: The sampling settings.
     """
-    if not pixels.isfinite().all():
-        raise SettingError(
-            "the sampled image isn't finite; lower edit.guidance or edit.adapter_scale, or edit with edit.strength "
-            "below 1"
-        )
+    import diffusers
+    import torch
+
+    return {
+        "lora_unitune": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "base": base.name,
+        "fingerprint": base.fingerprint,
+        "adapter": adapter.digest if adapter else None,
+        "rare_tokens": (adapter.rare_tokens if adapter else None) or "",
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "photo": start.origin,
+        "mask": start.mask is not None,
+        **dataclasses.asdict(settings),
+    }
 
 
 def to_image(pixels: Tensor) -> Image.Image:

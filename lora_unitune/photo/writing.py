@@ -12,19 +12,8 @@ from typing import Any
 from PIL import Image, ImageCms, PngImagePlugin
 
 from lora_unitune.errors import OutputError, SettingError
-from lora_unitune.output import write_atomically
+from lora_unitune.output import PICTURES, write_atomically
 from lora_unitune.photo.reading import EXIF, GPS, Photo, exif_of
-
-PICTURES = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".avif": "AVIF",
-}
-"""End of a picture's name -> its format."""
 
 ENTRY = "lora_unitune"
 """Name of the PNG's text entry with the settings; the EXIF software of other files."""
@@ -56,7 +45,7 @@ def save_edit(
 
     Args:
         image: The image, RGB, in sRGB.
-        path: Path of the file; its name ends as one of `PICTURES`.
+        path: Path of the file; its name ends as one of `output.PICTURES`.
         settings: Everything needed to repeat the edit.
         photo: The photo that was edited, whose own size the image has; None for an image of the base's size.
         keep_gps: Whether the position that the photo was taken at is kept.

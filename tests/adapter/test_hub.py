@@ -100,6 +100,19 @@ def test_what_was_pushed_opens_by_its_address(stand_in: StandIn, file: Path, sam
     assert set(stand_in.downloads) == {"photo.safetensors"}
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp"])
+def test_every_picture_that_edit_writes_is_shown(
+    stand_in: StandIn, file: Path, sample: Path, tmp_path: Path, name: str
+) -> None:
+    ending = Path(name).suffix.lower()
+    Image.open(sample).save(tmp_path / name)
+    command = ("push", file, "me/photo", "--picture", tmp_path / name, "--picture", sample, "--dry-run")
+    answer = json.loads(run(*command, "--json").stdout)
+    assert answer["files"].keys() == {"photo.safetensors", f"sample-1{ending}", "sample-2.png"}
+    for shown in (f"sample-1{ending}", "sample-2.png"):
+        assert f"![A sample]({shown})" in answer["card"]
+
+
 def test_an_adapter_in_memory_is_pushed_whole(stand_in: StandIn, adapter: Adapter, sample: Path) -> None:
     made = replace(adapter, date="2026-01-02")
     dry = made.push_to_hub("hub://me/photo", license="mit", pictures=[sample], dry_run=True)
@@ -143,7 +156,7 @@ def test_what_cannot_be_pushed_is_one_line(
         "owner/name": ("nowhere", {}),
         "license = 'My Own!' isn't an identifier": ("me/photo", {"license": "My Own!"}),
         "up to 2": ("me/photo", {"pictures": [sample] * 3}),
-        "isn't a PNG": ("me/photo", {"pictures": [file]}),
+        "isn't a PNG, JPEG, WebP or AVIF": ("me/photo", {"pictures": [file]}),
     }
     for message, (repo, options) in wrong.items():
         for push in (adapter.push_to_hub, lambda *args, **named: hub.prepare_push(file, *args, **named)):

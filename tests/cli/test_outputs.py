@@ -120,6 +120,28 @@ def test_a_full_standard_output_is_one_true_line(tmp_path: Path, adapter_file: P
             out.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr", "reader"])
+def test_a_closed_stream_is_no_traceback(tmp_path: Path, adapter_file: Path, stream: str) -> None:
+    """As `lora-unitune words >&-`, `2>&-` and `| true`."""
+    code = "from lora_unitune.cli import main; main()"
+    if stream != "reader":
+        number = 1 if stream == "stdout" else 2
+        code = f"import os, sys; os.close({number}); sys.{stream} = None; {code}"
+    out = tmp_path / "bare.safetensors"
+    for command in (("words",), ("--help",), ("inspect", adapter_file), ("strip", adapter_file, "-o", out)):
+        arguments = [sys.executable, "-c", code, *map(str, command)]
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stderr is not None
+        if stream == "reader":
+            process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == (1 if stream == "reader" else 0)
+        if stream != "reader":
+            process.stdout.close()
+        process.stderr.close()
+    assert out.is_file()
+
+
 def test_bytes_that_arent_utf8_are_one_line(tmp_path: Path, edit: list[str | Path]) -> None:
     out = ("-o", tmp_path / "out.png")
     for command in (

@@ -13,6 +13,7 @@ from command_line import QUICK, run
 from PIL import Image
 
 from lora_unitune import read_settings
+from lora_unitune.cli.commands import _BATCH
 from lora_unitune.cli.demo import EXAMPLES
 from lora_unitune.cli.terminal import uninterrupted
 
@@ -70,6 +71,15 @@ def test_an_edit_keeps_the_images_that_it_names(tmp_path: Path, pocket_file: Pat
     for number, path in enumerate(written, start=seed):
         Image.open(path).load()
         assert read_settings(path)["seed"] == number
+
+
+def test_what_is_sampled_is_saved(tmp_path: Path, pocket_file: Path) -> None:
+    out, first = tmp_path / "out.png", tmp_path / "out-0.png"
+    arguments = ("edit", pocket_file, "at night", "-o", out, "-n", "12", "--steps", "10")
+    lines, _ = stopped(*arguments, stream="stdout", at=str(first))
+    count = len(lines)
+    assert 0 < count < 12 and count % _BATCH == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"out-{seed}.png" for seed in range(count)}
 
 
 def test_an_edit_that_has_made_no_image_leaves_nothing(tmp_path: Path, pocket_file: Path) -> None:

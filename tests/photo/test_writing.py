@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from lora_unitune.errors import OutputError
+from lora_unitune.output import PICTURES
 from lora_unitune.photo.reading import load_photo
-from lora_unitune.photo.writing import PICTURES, read_settings, save_edit
+from lora_unitune.photo.writing import read_settings, save_edit
 
 SETTINGS = {"prompt": "a fox, café", "seed": 3, "guidance": 2.5}
 EXACT = (".png", ".tif", ".tiff")
