@@ -7,11 +7,13 @@ columns and whose A those of their rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_unitune.adapter.checks import AGAIN, shown
 from lora_unitune.errors import AdapterFileError
+from lora_unitune.settings import LARGEST_RANK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +34,7 @@ def plain_shapes(name: str, shapes: Mapping[str, Shape]) -> tuple[dict[str, Shap
         shapes: Shapes of its tensors, by "<part>.<module>.lora_A.weight", "...lora_mid.weight", "...hada_w1_a", ...
 
     Raises:
-        AdapterFileError: A layer's tensors don't belong together.
+        AdapterFileError: A layer's tensors don't belong together, or its rank as a LoRA is too high.
     """
     plain, ranks = dict(shapes), dict[str, int]()
     for layer, group in _groups(shapes).items():
@@ -44,6 +46,11 @@ def plain_shapes(name: str, shapes: Mapping[str, Shape]) -> tuple[dict[str, Shap
             raise AdapterFileError(
                 f"{name}: the tensors of layer {shown(layer)} don't belong together; {AGAIN}"
             ) from None
+        if a[0] > LARGEST_RANK:
+            raise AdapterFileError(
+                f"{name} is a LoHa of rank {ranks[layer]}, which is a LoRA of rank {a[0]}, and ranks up to "
+                f"{LARGEST_RANK} are supported; give a LoHa of rank {math.isqrt(LARGEST_RANK)} or lower"
+            )
         plain |= {f"{layer}.{_A}": a, f"{layer}.{_B}": b}
     return plain, ranks
 

@@ -227,7 +227,7 @@ _RESNET_PARTS = {
 }
 _UNET_STARTS = (
     "down_blocks. mid_block. up_blocks. conv_in conv_out time_embedding. add_embedding. input_blocks. "
-    "middle_block. output_blocks. time_embed. label_emb."
+    "middle_block. output_blocks. time_embed. label_emb. out."
 ).split()
 _UNET_ALIASES = {
     **{start: f"unet.{start}" for start in _UNET_STARTS},  # without any prefix, as raw PEFT writes them
@@ -306,6 +306,7 @@ SDXL_NAMES = LayerNames(
         **_BARE_CLIP,
         **_clip_aliases("text_encoder.", "lora_te1_text_model_", _CLIP_L),
         **_clip_aliases("text_encoder_2.text_model.", "lora_te2_text_model_", _CLIP_G),
+        "text_encoders.clip_g.transformer.text_projection": "text_encoder_2.text_projection",
         "lora_te_text_model_": "lora_te1_text_model_",
         "lora_te_encoder_": "lora_te1_text_model_encoder_",
     },
