@@ -78,7 +78,12 @@ class LoraSettings(Section):
     section: ClassVar[str] = "lora.PART"
 
     rank: int = field(
-        metadata={"low": 0, "high": LARGEST_RANK, "above": False, "help": "Rank; 0 leaves the part unchanged."}
+        metadata={
+            "low": 0,
+            "high": LARGEST_RANK,
+            "above": False,
+            "help": "Rank; 0 leaves the part unchanged.",
+        }
     )
     alpha: float = _number(
         0.0, 0, 4096, "The adapter's output is multiplied by alpha / rank; 0 takes the rank, a factor of 1."

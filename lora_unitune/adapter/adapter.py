@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lora_unitune.adapter import hub, kohya
 from lora_unitune.adapter.checks import is_line, shown
-from lora_unitune.adapter.compose import plain
+from lora_unitune.adapter.compose import as_convolutions, plain
+from lora_unitune.adapter.foreign import stated_base
 from lora_unitune.adapter.header import (
     FORMAT_VERSION,
     METADATA_CHECKS,
@@ -312,6 +313,8 @@ def read(source: Source, trigger: str | None = None) -> Adapter:
     for layer, rank in content.ranks.items():
         tensors[f"{layer}.lora_A.weight"] = tensors[f"{layer}.lora_A.weight"][:rank].contiguous()
         tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"][:, :rank].contiguous()
+    family = FAMILIES[content.values["family"]]
+    tensors = as_convolutions(tensors, family, stated_base(source.metadata))
     values = content.values | ({} if words is None else {"rare_tokens": words})
     return Adapter(tensors=tensors, photo_latents=photo_latents, **values)
 

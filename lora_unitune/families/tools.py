@@ -1,8 +1,8 @@
 """Names of tensors that other tools know in a LoRA file.
 
 After ComfyUI `comfy/lora.py` (a125cd84), A1111 `extensions-builtin/Lora/networks.py` (82a973c0), and diffusers
-`loaders/lora_pipeline.py`. The code of ComfyUI and A1111 was run on files in each layout that this package writes, for
-every layer of Stable Diffusion 1.5, 2.1 and XL: it matches the tensors that these patterns match, and no other.
+`loaders/lora_pipeline.py`. The code of ComfyUI and A1111 was run on files in each layout that this package
+writes, for every layer of Stable Diffusion 1.5, 2.1 and XL: it matches what these patterns match, and nothing else.
 """
 
 from __future__ import annotations

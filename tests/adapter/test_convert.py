@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from random_adapters import EDIT, EVERYTHING, LORA, changed, make_adapter
 from safetensors.torch import load_file, save_file
+from test_spellings import assert_same, diffusers_changes, ours
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert, strip
@@ -114,6 +115,21 @@ def test_the_header_follows_modelspec(adapter: Adapter, tmp_path: Path) -> None:
     assert metadata["modelspec.date"] == "2026-01-02"
     assert metadata["modelspec.resolution"] == "32x32"
     assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
+
+
+@pytest.mark.parametrize("base", ["15", "xl"], indirect=True)
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_matrices_of_convolutions_are_written_as_diffusers_opens_them(
+    request: pytest.FixtureRequest, base: Base, tmp_path: Path, layout: Any
+) -> None:
+    """Also those of 1 x 1, which only Stable Diffusion 1.x has around its attention."""
+    adapter = make_adapter(base, EVERYTHING)
+    flat = {key: tensor.flatten(1) for key, tensor in adapter.tensors.items()}
+    stated = {"ss_base_model_version": "sd_v1" if base.name == "tiny-sd15" else "sdxl_base_v1-0"}
+    save_file(flat, tmp_path / "flat.safetensors", stated)
+    convert(tmp_path / "flat.safetensors", layout, tmp_path / "a.safetensors")
+    folder = request.getfixturevalue(base.name.replace("-", "_"))
+    assert_same(ours(tmp_path / "flat.safetensors"), diffusers_changes(folder, tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])

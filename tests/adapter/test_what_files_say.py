@@ -25,6 +25,7 @@ from lora_unitune.adapter.tools import TOOLS, check_tool, problems
 from lora_unitune.editing.editor import Editor
 from lora_unitune.errors import AdapterFileError, PromptError, SettingError
 from lora_unitune.families import Base
+from lora_unitune.families.tools import KNOWN_KEYS
 from lora_unitune.settings import FitSettings
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -276,6 +277,7 @@ def test_inspect_says_which_tools_read_a_file(
     for tool in TOOLS:
         reads = tool in READERS[layout, alphas]
         assert bool(problems(tool, open_source(path))) is not reads
+        assert ("convert --to kohya" in run("inspect", path).output) is (layout != "kohya")
         result = run("inspect", path, "--for", tool)
         assert result.exit_code == (0 if reads else 1) and ("kohya's layout" in result.stderr) is not reads
     adapter = Adapter.load(path)
@@ -283,6 +285,27 @@ def test_inspect_says_which_tools_read_a_file(
     for tool in TOOLS:
         with pytest.raises(AdapterFileError, match="8 bits"):
             check_tool(tool, open_source(tmp_path / "eight"))
+
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys", "reads"),
+    [
+        ("a1111", ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",), True),
+        ("a1111", ("lora_te2_text_projection.lora_down.weight",), False),
+        ("comfyui", ("lora_te2_text_projection.lora_down.weight", "unet.conv_in.lora_A.weight"), True),
+        ("comfyui", (f"unet.{ATTENTION}.to_q.lora_A.weight",), False),
+        ("comfyui", (f"{ATTENTION}.processor.to_q_lora.down.weight", f"unet.{ATTENTION}.norm.lora_A.weight"), True),
+        ("comfyui", ("base_model.model.conv_in.lora_A.weight",), False),
+        ("comfyui", ("base_model.model.encoder.layers.0.mlp.fc1.lora_A.weight",), False),
+        ("comfyui", ("diffusion_model.out.2.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight"), True),
+    ],
+)
+def test_the_tools_know_these_names(tool: str, keys: tuple[str, ...], reads: bool) -> None:
+    """As their own code was seen to do."""
+    assert all(bool(KNOWN_KEYS[tool].fullmatch(key)) is reads for key in keys)
 
 
 def test_comfyui_reads_alphas_only_beside_the_tensors(tmp_path: Path) -> None:
