@@ -297,7 +297,11 @@ ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
         ("a1111", ("lora_te2_text_projection.lora_down.weight",), False),
         ("comfyui", ("lora_te2_text_projection.lora_down.weight", "unet.conv_in.lora_A.weight"), True),
         ("comfyui", (f"unet.{ATTENTION}.to_q.lora_A.weight",), False),
-        ("comfyui", (f"{ATTENTION}.processor.to_q_lora.down.weight", f"unet.{ATTENTION}.norm.lora_A.weight"), True),
+        (
+            "comfyui",
+            (f"{ATTENTION}.processor.to_q_lora.down.weight", f"unet.{ATTENTION}.norm.lora_A.weight"),
+            True,
+        ),
         ("comfyui", ("base_model.model.conv_in.lora_A.weight",), False),
         ("comfyui", ("base_model.model.encoder.layers.0.mlp.fc1.lora_A.weight",), False),
         ("comfyui", ("diffusion_model.out.2.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight"), True),
