@@ -58,7 +58,9 @@ def made(request: pytest.FixtureRequest, base: Base) -> Adapter:
 def test_a_round_trip_is_the_same_file(
     made: Adapter, tmp_path: Path, layout: Any, dtype: torch.dtype
 ) -> None:
-    first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
+    first, other, again = (
+        tmp_path / name for name in ("first.safetensors", "other.safetensors", "again.safetensors")
+    )
     made.save(first, dtype=dtype)
     convert(first, layout, other)
     convert(other, "diffusers", again)
@@ -242,7 +244,7 @@ def test_full_weights_have_no_other_layout(base15: Base, tmp_path: Path) -> None
     replace(made, tensors=tensors, recipe=recipe).save(path)
     for layout in ("kohya", "peft"):
         with pytest.raises(SettingError, match="method 'full'"):
-            convert(path, layout, tmp_path / "out")
+            convert(path, layout, tmp_path / "out.safetensors")
     assert [each.name for each in tmp_path.iterdir()] == ["full.safetensors"]
 
 
@@ -265,8 +267,8 @@ def test_a_fit_continues_from_an_adapter_of_any_layout(
     steps = ["fit.steps=2", "fit.batch_size=1", "lora.unet.learning_rate=1e-12"]
     steps += ["lora.text_encoder.learning_rate=1e-12"]
     make_adapter(base15, EVERYTHING).save(tmp_path / "first.safetensors", dtype=torch.float32)
-    convert(tmp_path / "first.safetensors", layout, tmp_path / "other")
-    start = Adapter.load(tmp_path / "other")
+    convert(tmp_path / "first.safetensors", layout, tmp_path / "other.safetensors")
+    start = Adapter.load(tmp_path / "other.safetensors")
     continued = fit(photo_image, base=base15, overrides=steps, start=start)
     same = [
         [(part, each.rank, each.scale, each.targets) for part, each in made.recipe.lora.items()]
@@ -305,7 +307,9 @@ def test_a_peft_folder_is_described_as_the_file_is(adapter: Adapter, tmp_path: P
 
 def test_a_family_of_another_kind_has_every_layout(baseflow: Base, tmp_path: Path) -> None:
     lora = dict(baseflow.family.parts)
-    first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
+    first, other, again = (
+        tmp_path / name for name in ("first.safetensors", "other.safetensors", "again.safetensors")
+    )
     made = make_adapter(baseflow, lora, size=(24, 16))
     made.save(first)
     for layout in ("kohya", "peft"):

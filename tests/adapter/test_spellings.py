@@ -245,8 +245,8 @@ def test_a_file_of_one_part_opens_and_fits(base15: Base, editor: Editor, tmp_pat
     assert [name for name, each in adapter.recipe.lora.items() if each.rank] == [part]
     assert editor.edit(adapter, "a fox", strength=1.0, steps=2).prompt == "a fox"
     for layout in ("kohya", "diffusers"):
-        adapter.save(tmp_path / layout, dtype=torch.float32, layout=layout)  # type: ignore[arg-type]
-        assert_same(ours(tmp_path / layout), changes(tensors))
+        adapter.save(tmp_path / f"{layout}.safetensors", dtype=torch.float32, layout=layout)  # type: ignore[arg-type]
+        assert_same(ours(tmp_path / f"{layout}.safetensors"), changes(tensors))
 
 
 def test_convolutions_as_matrices_and_linear_layers_as_convolutions_are_used(

@@ -130,8 +130,8 @@ def test_conversions_keep_what_another_tools_file_says(
 ) -> None:
     place = stranger
     for number, layout in enumerate(layouts):
-        convert(place, layout, tmp_path / f"{number}-{layout}")
-        place = tmp_path / f"{number}-{layout}"
+        convert(place, layout, tmp_path / f"{number}-{layout}.safetensors")
+        place = tmp_path / f"{number}-{layout}.safetensors"
     kept = open_source(place).metadata
     assert {key: kept.get(key) for key in CREDITS} == CREDITS
     assert kept["ss_tag_frequency"] == TRAINING["ss_tag_frequency"] and kept["ss_steps"] == "2400"
@@ -149,10 +149,10 @@ def test_conversions_keep_what_another_tools_file_says(
 def test_the_alias_survives_the_syntax_of_a1111(stranger: Path, adapter: Adapter, tmp_path: Path) -> None:
     names = {}
     for tokens in ("zqrt ohwx", "a: <b>, (c)"):
-        replace(adapter, rare_tokens=tokens).save(tmp_path / "k", overwrite=True, layout="kohya")
-        names[tokens] = metadata_of(tmp_path / "k")["ss_output_name"]
-    convert(stranger, "kohya", tmp_path / "s")
-    names["stranger"] = metadata_of(tmp_path / "s")["ss_output_name"]
+        replace(adapter, rare_tokens=tokens).save(tmp_path / "k.safetensors", overwrite=True, layout="kohya")
+        names[tokens] = metadata_of(tmp_path / "k.safetensors")["ss_output_name"]
+    convert(stranger, "kohya", tmp_path / "s.safetensors")
+    names["stranger"] = metadata_of(tmp_path / "s.safetensors")["ss_output_name"]
     assert names == {"zqrt ohwx": "zqrt_ohwx", "a: <b>, (c)": "a_b_c", "stranger": "vintage_look_v2_final"}
     for name in names.values():
         match = re.fullmatch(r"<(\w+):([^>]+)>", f"<lora:{name}:1>")  # as A1111 reads it
@@ -281,10 +281,10 @@ def test_inspect_says_which_tools_read_a_file(
         result = run("inspect", path, "--for", tool)
         assert result.exit_code == (0 if reads else 1) and ("kohya's layout" in result.stderr) is not reads
     adapter = Adapter.load(path)
-    adapter.save(tmp_path / "eight", dtype=torch.int8)
+    adapter.save(tmp_path / "eight.safetensors", dtype=torch.int8)
     for tool in TOOLS:
         with pytest.raises(AdapterFileError, match="8 bits"):
-            check_tool(tool, open_source(tmp_path / "eight"))
+            check_tool(tool, open_source(tmp_path / "eight.safetensors"))
 
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
