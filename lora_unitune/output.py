@@ -23,6 +23,20 @@ PICTURES = {
 """End of a picture's name -> its format."""
 
 
+def check_ending(path: str | Path, *endings: str) -> None:
+    """Checks the end of a file's name; a folder's is left to `check_output`.
+
+    Args:
+        path: Path of the file.
+        endings: Allowed ends, such as ".png", in lower case.
+
+    Raises:
+        OutputError: The name ends otherwise.
+    """
+    if not str(path).lower().endswith(endings) and not Path(path).is_dir():
+        raise OutputError(f"{str(path)!r} has to end in {' or '.join(endings)}")
+
+
 def check_output(path: str | Path, overwrite: bool = False) -> None:
     """Checks that a file can be written, to be called before a long computation.
 

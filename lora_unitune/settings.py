@@ -68,6 +68,9 @@ class PhotoSettings(Section):
         return int(match[3]) if match and match[3] else 0
 
 
+LARGEST_RANK = 1024
+
+
 @dataclass(frozen=True)
 class LoraSettings(Section):
     """Training of one part of the base: its low-rank adapters (arXiv 2106.09685) and its learning rate."""
@@ -75,7 +78,12 @@ class LoraSettings(Section):
     section: ClassVar[str] = "lora.PART"
 
     rank: int = field(
-        metadata={"low": 0, "high": 1024, "above": False, "help": "Rank; 0 leaves the part unchanged."}
+        metadata={
+            "low": 0,
+            "high": LARGEST_RANK,
+            "above": False,
+            "help": "Rank; 0 leaves the part unchanged.",
+        }
     )
     alpha: float = _number(
         0.0, 0, 4096, "The adapter's output is multiplied by alpha / rank; 0 takes the rank, a factor of 1."

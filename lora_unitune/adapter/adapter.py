@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lora_unitune.adapter import hub, kohya
 from lora_unitune.adapter.checks import is_line, shown
-from lora_unitune.adapter.compose import plain
+from lora_unitune.adapter.compose import as_convolutions, plain
+from lora_unitune.adapter.foreign import stated_base
 from lora_unitune.adapter.header import (
     FORMAT_VERSION,
     METADATA_CHECKS,
@@ -38,7 +39,7 @@ from lora_unitune.adapter.int8 import INT8_SUFFIX, pack, unpack
 from lora_unitune.adapter.source import Source
 from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.families import FAMILIES, Base, Family, Size
-from lora_unitune.output import write_atomically
+from lora_unitune.output import check_ending, write_atomically
 from lora_unitune.recipe import Recipe
 
 Layout = Literal["diffusers", "kohya"]
@@ -114,19 +115,20 @@ class Adapter:
         """Writes the adapter file atomically.
 
         Args:
-            path: Path of the file.
+            path: Path of the file; its name ends in .safetensors.
             overwrite: Whether an existing file may be replaced.
             dtype: Dtype of the tensors in the file; int8 (with scales) is read by this package only.
             layout: "diffusers", or "kohya" for ComfyUI, A1111 and kohya's scripts.
 
         Raises:
-            OutputError: The file already exists, or can't be written.
+            OutputError: The file already exists, its name ends otherwise, or it can't be written.
             AdapterFileError: A tensor has values that `dtype` can't hold.
             SettingError: The adapter is of method "full", which kohya's layout doesn't support, or `dtype` is
                 int8 and the layout or the method doesn't support it.
         """
         if dtype == torch.int8 and (layout != "diffusers" or self.recipe.fit.method != "lora"):
             raise SettingError("8 bits are for adapters of method 'lora', in this package's own files")
+        check_ending(path, ".safetensors")
         tensors = self._file_tensors(torch.float16 if dtype == torch.int8 else dtype)
         _check_finite("this adapter", tensors)
         if dtype == torch.int8:
@@ -312,6 +314,8 @@ def read(source: Source, trigger: str | None = None) -> Adapter:
     for layer, rank in content.ranks.items():
         tensors[f"{layer}.lora_A.weight"] = tensors[f"{layer}.lora_A.weight"][:rank].contiguous()
         tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"][:, :rank].contiguous()
+    family = FAMILIES[content.values["family"]]
+    tensors = as_convolutions(tensors, family, stated_base(source.metadata))
     values = content.values | ({} if words is None else {"rare_tokens": words})
     return Adapter(tensors=tensors, photo_latents=photo_latents, **values)
 

@@ -7,11 +7,14 @@ columns and whose A those of their rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_unitune.adapter.checks import AGAIN, shown
 from lora_unitune.errors import AdapterFileError
+from lora_unitune.families import Family
+from lora_unitune.settings import LARGEST_RANK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +35,7 @@ def plain_shapes(name: str, shapes: Mapping[str, Shape]) -> tuple[dict[str, Shap
         shapes: Shapes of its tensors, by "<part>.<module>.lora_A.weight", "...lora_mid.weight", "...hada_w1_a", ...
 
     Raises:
-        AdapterFileError: A layer's tensors don't belong together.
+        AdapterFileError: A layer's tensors don't belong together, or its rank as a LoRA is too high.
     """
     plain, ranks = dict(shapes), dict[str, int]()
     for layer, group in _groups(shapes).items():
@@ -44,6 +47,11 @@ def plain_shapes(name: str, shapes: Mapping[str, Shape]) -> tuple[dict[str, Shap
             raise AdapterFileError(
                 f"{name}: the tensors of layer {shown(layer)} don't belong together; {AGAIN}"
             ) from None
+        if a[0] > LARGEST_RANK:
+            raise AdapterFileError(
+                f"{name} is a LoHa of rank {ranks[layer]}, which is a LoRA of rank {a[0]}, and ranks up to "
+                f"{LARGEST_RANK} are supported; give a LoHa of rank {math.isqrt(LARGEST_RANK)} or lower"
+            )
         plain |= {f"{layer}.{_A}": a, f"{layer}.{_B}": b}
     return plain, ranks
 
@@ -56,6 +64,28 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             del result[f"{layer}.{what}"]
         a, b = _tensors_of(group)
         result |= {f"{layer}.{_A}": a.contiguous(), f"{layer}.{_B}": b.contiguous()}
+    return result
+
+
+def as_convolutions(tensors: Mapping[str, Tensor], family: Family, stated: str) -> dict[str, Tensor]:
+    """Returns tensors with a convolution's four dimensions, where they are matrices of a convolution.
+
+    LoHa and some tools store matrices, which diffusers refuses.
+
+    Args:
+        tensors: Tensors by "<part>.<module>.lora_A.weight" and "...lora_B.weight"; others are kept.
+        family: The base's family.
+        stated: The base model that the header names, in kohya's words; "" if it names none.
+    """
+    kind = family.names.kind_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    result = dict(tensors)
+    for key, tensor in tensors.items():
+        side = family.names.kernel(
+            key.removesuffix(f".{_A}").removesuffix(f".{_B}"), kind[0] if kind else stated
+        )
+        side = min(side, 1) if key.endswith(f".{_B}") else side
+        if side and tensor.ndim == 2 and tensor.shape[1] % side**2 == 0:
+            result[key] = tensor.reshape(len(tensor), -1, side, side)
     return result
 
 

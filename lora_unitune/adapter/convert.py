@@ -30,7 +30,7 @@ def convert(
     Args:
         place: Path of an adapter in any layout, or its address on the hub.
         layout: "diffusers", "kohya" (one file each), or "peft" (a folder with a subfolder for each part).
-        output: Path of the file, or of the folder.
+        output: Path of the file, whose name ends in .safetensors, or of the folder.
         overwrite: Whether an existing file or folder may be replaced.
         sidecar: Whether to write a JSON file beside a file in kohya's layout, with the trigger words for A1111,
             Forge and InvokeAI.
@@ -67,7 +67,7 @@ def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overw
 
     Args:
         place: Path of an adapter in any layout, or its address on the hub.
-        output: Path of the new file, in diffusers' layout.
+        output: Path of the new file, in diffusers' layout; its name ends in .safetensors.
         keep_photo: Whether to keep the photo's latents; without them, edits need the photo.
         overwrite: Whether an existing file may be replaced.
 

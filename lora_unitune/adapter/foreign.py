@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from lora_unitune.adapter.checks import AGAIN, LORA_KEY, check_lora_tensors, is_line, shown
@@ -92,6 +93,7 @@ def lora_of(
     metadata: Mapping[str, str],
     alphas: Mapping[str, float],
     family: Family,
+    originals: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[dict[str, LoraSettings], dict[str, float]]:
     """Returns the settings of each part by the tensors alone, and each layer's factor.
 
@@ -103,12 +105,17 @@ def lora_of(
         metadata: The `__metadata__` of its header.
         alphas: Values of its alpha tensors, by layer.
         family: The base's family.
+        originals: Ranks that alphas in the header refer to, by layer, where they differ from the tensors'.
 
     Raises:
         AdapterFileError: The tensors aren't those of a LoRA adapter.
     """
     ranks = _ranks(name, shapes, family)
-    scales_of = {**_scales_in_metadata(name, metadata, ranks, family), **_scales(ranks, alphas)}
+    in_header = {
+        part: {module: originals.get(f"{part}.{module}", rank) for module, rank in each.items()}
+        for part, each in ranks.items()
+    }
+    scales_of = {**_scales_in_metadata(name, metadata, in_header, family), **_scales(ranks, alphas)}
     lora: dict[str, LoraSettings] = {}
     factors: dict[str, float] = {}
     for part, by_module in ranks.items():

@@ -147,11 +147,11 @@ def read_content(source: Source) -> Content:
         )
     weights = {key: shape for key, shape in shapes.items() if key not in (PHOTO_KEY, SCALES_KEY)}
     numbers = {ours.removesuffix(".alpha"): source.number(key) for ours, key in keys.items() if key in alphas}
-    for layer, rank in layer_ranks.items():  # alpha / rank is that of the original rank
-        numbers[layer] = numbers.get(layer, rank) * weights[f"{layer}.lora_A.weight"][0] / rank
+    for layer in layer_ranks.keys() & numbers.keys():  # alpha / rank is that of the original rank
+        numbers[layer] *= weights[f"{layer}.lora_A.weight"][0] / layer_ranks[layer]
     version, factors, ranks = None, dict[str, float](), dict[str, int]()
     if values is None:
-        lora, factors = lora_of(name, weights, metadata, numbers, family)
+        lora, factors = lora_of(name, weights, metadata, numbers, family, layer_ranks)
         values = foreign_values(metadata, family, lora)
     else:
         version, recipe = values.pop("format_version"), values["recipe"]

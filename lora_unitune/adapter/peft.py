@@ -52,6 +52,8 @@ def read_folder(folder: Path) -> Source:
         start = f"{part}." if part else ""  # without a part, the layers' names say which it is
         entries |= {f"{start}{key.removeprefix(_PREFIX)}": entry for key, entry in weights.entries.items()}
         of_part = _config_of(place / CONFIG)
+        if of_part.get("peft_type") == "LOHA":
+            of_part["lora_alpha"] = of_part.get("alpha")
         config |= {
             f"{each}.{key}": value for each in ([part] if part else known) for key, value in of_part.items()
         }

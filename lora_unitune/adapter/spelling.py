@@ -19,6 +19,11 @@ _SIDES = {"down": "A", "up": "B"}
 _ALPHA = re.compile(r"(?P<path>.+?)(_lora|\.lora|\.lora_linear_layer)?(\.(down|lora_down)\.weight)?\.alpha")
 _HADAMARD = re.compile(r"(?P<path>.+)\.(?P<what>hada_(w[12]_[ab]|t[12]))")
 
+_OTHERS_OF_PEFT = (
+    "p?vera|randlora|hra|hira|fourierft|shira|miss|bone|c3a|vblora|road|waveft|delora|gralora|ln_tuning|adamss|beft|deft|"
+    "frod|lily|osf|peanut|poly|psoft|supertuning|tinylora|trainable_tokens|unilora"
+)
+
 _OTHERS = {
     r".*(\.dora_scale|lora_magnitude_vector|\.magnitude$)": "a DoRA, which rescales the base's own weights",
     r".*\.lokr_": "a LoKr (Kronecker products)",
@@ -27,15 +32,19 @@ _OTHERS = {
     r".*(\.on_input$|\.ia3_l)": "an IA3 (factors of activations)",
     r".*\.(w_norm|b_norm)$": "a training of norms",
     r".*\.(diff|diff_b|set_weight)$": "a file of whole weight differences",
-    r".*\.(vera_lambda|randlora_|hra_|fourierft_|shira_)": "an adapter of another kind of PEFT's",
+    r".*\.lora_E$": "an AdaLoRA",
+    rf".*\.({_OTHERS_OF_PEFT})_": "an adapter of another kind of PEFT's",
     r".*\.lora_embedding_[AB]": "a LoRA of token embeddings",
     r".*\.lora_(A|B|up|down)(\.[\w-]+)?\.bias$": "a LoRA with biases",
     r".*custom_diffusion": "a Custom Diffusion",
     r"lora_controlnet$": "a Control-LoRA",
     r".*:\d+:(up|down)$": "a LoRA in cloneofsimo's old layout",
     r"(emb_params|string_to_param|clip_[lg])$|<[^>]+>$": "an embedding of textual inversion",
-    r"(control_model|controlnet_)": "a ControlNet",
+    r"(control_model|controlnet_|lllite_)": "a ControlNet",
+    r"(image_proj|ip_adapter)\.": "an IP-Adapter",
+    r".*motion_modules\.": "a motion module of AnimateDiff, or a LoRA for one",
     r"(first_stage_model|(model\.diffusion_model|cond_stage_model|conditioner)\.(?!.*lora))": "a whole model",
+    r"(?!.*lora).*\.(weight|bias)$": "a file with whole weights of layers",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from lora_unitune.adapter.header import PHOTO_KEY
 from lora_unitune.adapter.int8 import INT8_SUFFIX
@@ -32,6 +34,21 @@ def problems(tool: str, source: Source) -> str:
     if tool != "diffusers" and not stores_alphas and not _alphas_are_ranks(source):
         return "it doesn't read the header's alphas, which differ from the ranks"
     return ""
+
+
+def readers(summary: Mapping[str, Any]) -> str:
+    """Returns which tools read a file, and what the others need, as one line.
+
+    Args:
+        summary: The file's description, from `describe`.
+    """
+    read_by: list[str] = summary["read_by"]
+    known = ", ".join(TOOLS[tool] for tool in read_by) or "lora-unitune only"
+    others = [tool for tool in TOOLS if tool not in read_by]
+    if not others or summary["method"] != "lora":
+        return known
+    layout = "kohya" if others != ["diffusers"] else "diffusers"
+    return f"{known}; for {', '.join(TOOLS[tool] for tool in others)}: convert --to {layout}"
 
 
 def check_tool(tool: str, source: Source) -> None:

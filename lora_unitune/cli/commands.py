@@ -135,6 +135,7 @@ def fit_command(
         files = located(base)
         load_libraries()
         from lora_unitune import Adapter, describe, fit
+        from lora_unitune.adapter.tools import readers
 
         adapter = fit(
             photo,
@@ -159,6 +160,7 @@ def fit_command(
         f"{output}: {bytes_text(summary['bytes'])}, fitted in {adapter.seconds:.1f} s as "
         f"{adapter.rare_tokens!r}, loss {adapter.history[0]:.4f} to {adapter.history[-1]:.4f}"
     )
+    click.echo(f"{output}: read by {readers(summary)}")
 
 
 @main.command("edit")

@@ -45,11 +45,11 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
       lora-unitune inspect photo.safetensors --json
     """
     from lora_unitune import describe
+    from lora_unitune.adapter.tools import check_tool, readers
     from lora_unitune.recipe import toml
 
     if tool is not None:
         from lora_unitune.adapter.header import open_source
-        from lora_unitune.adapter.tools import check_tool
 
         check_tool(tool, open_source(adapter))
     summary = describe(adapter)
@@ -57,6 +57,7 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
         click.echo(json.dumps(summary))
         return
     recipe = summary.pop("recipe")
+    summary["read_by"] = readers(summary)
     for name, value in summary.items():
         text = (
             size_text(value)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
 
+from lora_unitune.errors import OutputError
 from lora_unitune.families import LOCATION_OPTIONS, BaseFiles
+from lora_unitune.output import check_ending as check_name
 from lora_unitune.recipe import available_recipes
 from lora_unitune.settings import Section
 
@@ -215,8 +216,10 @@ def check_ending(path: str, *endings: str) -> None:
     Raises:
         BadParameter: The name ends otherwise.
     """
-    if not path.lower().endswith(endings) and not Path(path).is_dir():  # the library refuses a folder
-        raise click.BadParameter(f"{path!r} has to end in {' or '.join(endings)}.", param_hint="'-o'")
+    try:
+        check_name(path, *endings)
+    except OutputError as error:
+        raise click.BadParameter(f"{error}.", param_hint="'-o'") from error
 
 
 def output_option(metavar: str, help: str, *endings: str, **more: Any) -> Callable[[F], F]:

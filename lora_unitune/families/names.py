@@ -32,6 +32,9 @@ class LayerNames:
         by_prediction: The same by width and what the base model predicts, where only that tells them apart.
         in_dialogs: The base model's name in kohya's header -> in A1111's dialogs.
         versions: How names of its base models begin, in headers of any tool.
+        kernels: Last component of a convolution's path -> side of its kernel.
+        kernels_of: The same for those layers that are convolutions in one base model only, by its name in kohya's
+            header.
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
@@ -47,6 +50,17 @@ class LayerNames:
     by_prediction: Mapping[tuple[int, str], tuple[str, str]] = field(default_factory=dict)
     in_dialogs: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[str, ...] = ()
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    kernels_of: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def kernel(self, layer: str, kind: str) -> int:
+        """Returns the side of a convolution's kernel; 0 if the layer isn't known to be one.
+
+        Args:
+            layer: "<part>.<module>".
+            kind: The base model's name in kohya's header, "" if unknown.
+        """
+        return {**self.kernels, **self.kernels_of.get(kind, {})}.get(layer.rpartition(".")[2], 0)
 
     def current(self, key: str) -> str:
         """Returns a key or path with its prefix in the current spelling."""
@@ -227,7 +241,7 @@ _RESNET_PARTS = {
 }
 _UNET_STARTS = (
     "down_blocks. mid_block. up_blocks. conv_in conv_out time_embedding. add_embedding. input_blocks. "
-    "middle_block. output_blocks. time_embed. label_emb."
+    "middle_block. output_blocks. time_embed. label_emb. out."
 ).split()
 _UNET_ALIASES = {
     **{start: f"unet.{start}" for start in _UNET_STARTS},  # without any prefix, as raw PEFT writes them
@@ -267,6 +281,8 @@ _CLIP_H = ("text_encoders.clip_h", "clip_h")
 _CLIP_G = ("text_encoders.clip_g", "clip_g", "lora_te2")
 _BARE_CLIP = {"text_model.": "text_encoder.", "encoder.layers.": "text_encoder.encoder.layers."}
 
+_KERNELS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
+
 SD_NAMES = LayerNames(
     prefixes={"unet.": "lora_unet_", "text_encoder.": "lora_te_text_model_"},
     words=SD_WORDS,
@@ -290,6 +306,8 @@ SD_NAMES = LayerNames(
     },
     in_dialogs={"sd_v1": "SD1", "sd_v2": "SD2", "sd_v2_v": "SD2"},
     versions=("sd_v1", "sd_v2", "sd_1", "sd_2", "stable-diffusion-v1", "stable-diffusion-v2"),
+    kernels=_KERNELS,
+    kernels_of={"sd_v1": {"proj_in": 1, "proj_out": 1}},
 )
 SDXL_NAMES = LayerNames(
     prefixes={
@@ -306,6 +324,7 @@ SDXL_NAMES = LayerNames(
         **_BARE_CLIP,
         **_clip_aliases("text_encoder.", "lora_te1_text_model_", _CLIP_L),
         **_clip_aliases("text_encoder_2.text_model.", "lora_te2_text_model_", _CLIP_G),
+        "text_encoders.clip_g.transformer.text_projection": "text_encoder_2.text_projection",
         "lora_te_text_model_": "lora_te1_text_model_",
         "lora_te_encoder_": "lora_te1_text_model_encoder_",
     },
@@ -315,4 +334,5 @@ SDXL_NAMES = LayerNames(
     kinds={2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")},
     in_dialogs={"sdxl_base_v1-0": "SDXL"},
     versions=("sdxl", "stable-diffusion-xl"),
+    kernels=_KERNELS,
 )

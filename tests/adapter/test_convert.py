@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from random_adapters import EDIT, EVERYTHING, LORA, changed, make_adapter
 from safetensors.torch import load_file, save_file
+from test_spellings import assert_same, diffusers_changes, ours
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.convert import convert, strip
@@ -58,7 +59,9 @@ def made(request: pytest.FixtureRequest, base: Base) -> Adapter:
 def test_a_round_trip_is_the_same_file(
     made: Adapter, tmp_path: Path, layout: Any, dtype: torch.dtype
 ) -> None:
-    first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
+    first, other, again = (
+        tmp_path / name for name in ("first.safetensors", "other.safetensors", "again.safetensors")
+    )
     made.save(first, dtype=dtype)
     convert(first, layout, other)
     convert(other, "diffusers", again)
@@ -115,6 +118,21 @@ def test_the_header_follows_modelspec(adapter: Adapter, tmp_path: Path) -> None:
     assert metadata["modelspec.date"] == "2026-01-02"
     assert metadata["modelspec.resolution"] == "32x32"
     assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
+
+
+@pytest.mark.parametrize("base", ["15", "xl"], indirect=True)
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_matrices_of_convolutions_are_written_as_diffusers_opens_them(
+    request: pytest.FixtureRequest, base: Base, tmp_path: Path, layout: Any
+) -> None:
+    """Also those of 1 x 1, which only Stable Diffusion 1.x has around its attention."""
+    adapter = make_adapter(base, EVERYTHING)
+    flat = {key: tensor.flatten(1) for key, tensor in adapter.tensors.items()}
+    stated = {"ss_base_model_version": "sd_v1" if base.name == "tiny-sd15" else "sdxl_base_v1-0"}
+    save_file(flat, tmp_path / "flat.safetensors", stated)
+    convert(tmp_path / "flat.safetensors", layout, tmp_path / "a.safetensors")
+    folder = request.getfixturevalue(base.name.replace("-", "_"))
+    assert_same(ours(tmp_path / "flat.safetensors"), diffusers_changes(folder, tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
@@ -227,7 +245,7 @@ def test_full_weights_have_no_other_layout(base15: Base, tmp_path: Path) -> None
     replace(made, tensors=tensors, recipe=recipe).save(path)
     for layout in ("kohya", "peft"):
         with pytest.raises(SettingError, match="method 'full'"):
-            convert(path, layout, tmp_path / "out")
+            convert(path, layout, tmp_path / "out.safetensors")
     assert [each.name for each in tmp_path.iterdir()] == ["full.safetensors"]
 
 
@@ -250,8 +268,8 @@ def test_a_fit_continues_from_an_adapter_of_any_layout(
     steps = ["fit.steps=2", "fit.batch_size=1", "lora.unet.learning_rate=1e-12"]
     steps += ["lora.text_encoder.learning_rate=1e-12"]
     make_adapter(base15, EVERYTHING).save(tmp_path / "first.safetensors", dtype=torch.float32)
-    convert(tmp_path / "first.safetensors", layout, tmp_path / "other")
-    start = Adapter.load(tmp_path / "other")
+    convert(tmp_path / "first.safetensors", layout, tmp_path / "other.safetensors")
+    start = Adapter.load(tmp_path / "other.safetensors")
     continued = fit(photo_image, base=base15, overrides=steps, start=start)
     same = [
         [(part, each.rank, each.scale, each.targets) for part, each in made.recipe.lora.items()]
@@ -291,7 +309,9 @@ def test_a_peft_folder_is_described_as_the_file_is(adapter: Adapter, tmp_path: P
 
 def test_a_family_of_another_kind_has_every_layout(baseflow: Base, tmp_path: Path) -> None:
     lora = dict(baseflow.family.parts)
-    first, other, again = (tmp_path / name for name in ("first.safetensors", "other", "again.safetensors"))
+    first, other, again = (
+        tmp_path / name for name in ("first.safetensors", "other.safetensors", "again.safetensors")
+    )
     made = make_adapter(baseflow, lora, size=(24, 16))
     made.save(first)
     for layout in ("kohya", "peft"):

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fuzz.__main__ import PACKAGE, few_steps, little_memory, open_mutated
+from fuzz.__main__ import PACKAGE, few_steps, foreign, little_memory, open_as, open_mutated
+
+from lora_unitune.adapter.adapter import Adapter
+
+
+def test_files_of_other_tools_are_among_them(tmp_path: Path) -> None:
+    """Each is read as it is, but the DoRA; else a mutation would say nothing of its kind."""
+    path = tmp_path / "foreign.safetensors"
+    results = []
+    for content in foreign():
+        path.write_bytes(content)
+        results.append(open_as(lambda place: Adapter.load(place, ""), path))
+    assert results == ["read", "read", "read", "refused", "read", "read"]
 
 
 def test_mutated_files_are_read_or_refused() -> None:

@@ -102,6 +102,31 @@ def test_peft_folders_and_their_single_files(tiny_sd15: Path, tmp_path: Path, pa
     assert_same(ours(tmp_path / "peft" / "adapter_model.safetensors"), expected)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 3}},
+        {"target_modules": ["to_q", "conv1"], "use_effective_conv2d": True},
+    ],
+)
+def test_a_folder_of_pefts_loha_has_its_alphas(tiny_sd15: Path, tmp_path: Path, settings: Any) -> None:
+    import peft
+
+    unet: Any = DiffusionPipeline.from_pretrained(tiny_sd15, use_safetensors=True).unet
+    chosen = {"r": 4, "alpha": 2, "target_modules": ["to_q", "to_v"], "init_weights": False} | settings
+    model = get_peft_model(unet, peft.LoHaConfig(**chosen))
+    model.save_pretrained(tmp_path / "peft")
+    expected = {
+        f"unet.{name.removeprefix('base_model.model.')}": layer.get_delta_weight("default")
+        .detach()
+        .flatten(1)
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    assert_same(ours(tmp_path / "peft"), expected)
+
+
 @pytest.mark.parametrize("kind", ["DoRA", "LoKr", "LoHa", "OFT", "IA3"])
 def test_other_kinds_of_pefts_own(tiny_sd15: Path, tmp_path: Path, kind: str) -> None:
     """PEFT's LoHa opens with the change that PEFT makes; the others are refused by name."""

@@ -138,12 +138,11 @@ def test_every_spelling_opens_with_the_same_change(
     check_fits(Adapter.load(path, ""), base15)
 
 
-@pytest.mark.parametrize("dots", [True, False])
+@pytest.mark.parametrize("start", ["diffusion_model.", "", "lora_unet_"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_the_original_codes_names_are_read(family: str, dots: bool) -> None:
-    """As ComfyUI and kohya's scripts for SDXL name blocks; SD 1.x has its own four levels."""
-    names, between = FAMILIES[family].names, "." if dots else "_"
-    start = "diffusion_model." if dots else "lora_unet_"
+def test_the_original_codes_names_are_read(family: str, start: str) -> None:
+    """As ComfyUI, OneTrainer and kohya's scripts for SDXL name blocks; SD 1.x has its own four levels."""
+    names, between = FAMILIES[family].names, "_" if start.endswith("_") else "."
     for ours, theirs in names.blocks.items():
         inside = names.block_parts if ".resnets." in ours else {}
         inside = {"proj_in": "proj_in"} if ".attentions." in ours else inside
@@ -152,6 +151,11 @@ def test_the_original_codes_names_are_read(family: str, dots: bool) -> None:
                 start + theirs.replace(".", between) + (between + name.replace(".", between) if name else "")
             )
             assert names.layer(path, "unet") == ".".join(filter(None, ["unet", ours, module]))
+
+
+@pytest.mark.parametrize("start", ["lora_te2_", "text_encoders.clip_g.transformer.", "text_encoder_2."])
+def test_the_second_text_encoders_projection_is_read(start: str) -> None:
+    assert FAMILIES["sdxl"].names.layer(f"{start}text_projection", "unet") == "text_encoder_2.text_projection"
 
 
 def test_sdxl_files_of_original_names_open_as_diffusers_opens_them(
@@ -241,8 +245,8 @@ def test_a_file_of_one_part_opens_and_fits(base15: Base, editor: Editor, tmp_pat
     assert [name for name, each in adapter.recipe.lora.items() if each.rank] == [part]
     assert editor.edit(adapter, "a fox", strength=1.0, steps=2).prompt == "a fox"
     for layout in ("kohya", "diffusers"):
-        adapter.save(tmp_path / layout, dtype=torch.float32, layout=layout)  # type: ignore[arg-type]
-        assert_same(ours(tmp_path / layout), changes(tensors))
+        adapter.save(tmp_path / f"{layout}.safetensors", dtype=torch.float32, layout=layout)  # type: ignore[arg-type]
+        assert_same(ours(tmp_path / f"{layout}.safetensors"), changes(tensors))
 
 
 def test_convolutions_as_matrices_and_linear_layers_as_convolutions_are_used(
@@ -294,6 +298,20 @@ def test_factors_that_are_exactly_a_lora_are_one(tmp_path: Path) -> None:
     assert_same(ours(path), {OUR_CONV: (rebuilt[0] * rebuilt[1]).flatten(1)})
 
 
+def test_a_loha_whose_rank_is_too_high_as_a_lora_is_refused_with_both_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    for rank in (32, 33):
+        shapes = {"w1_a": (32, rank), "w1_b": (rank, 32), "w2_a": (32, rank), "w2_b": (rank, 32)}
+        save_file({f"{KOHYA_LAYER}.hada_{k}": torch.ones(shape) for k, shape in shapes.items()}, path)
+        if rank == 32:
+            assert Adapter.load(path, "").recipe.lora["unet"].rank == 1024
+            continue
+        with pytest.raises(
+            AdapterFileError, match="LoHa of rank 33, .* a LoRA of rank 1089, .* rank 32 or lower"
+        ):
+            Adapter.load(path, "")
+
+
 OTHERS: dict[str, tuple[str, str]] = {
     "DoRA": (f"{KOHYA_LAYER}.dora_scale", "DoRA"),
     "DoRA of peft": (f"{OURS}.lora_magnitude_vector", "DoRA"),
@@ -315,6 +333,14 @@ OTHERS: dict[str, tuple[str, str]] = {
     "ControlNet": ("control_model.input_blocks.0.0.weight", "ControlNet"),
     "a whole model": ("model.diffusion_model.out.2.weight", "whole model"),
     "cloneofsimo's": ("lora_unet:0:up", "cloneofsimo"),
+    "AdaLoRA": (f"base_model.model.{OURS}.lora_E", "AdaLoRA"),
+    "MiSS of peft": (f"base_model.model.{OURS}.miss_block", "another kind of PEFT's"),
+    "norms of peft": ("base_model.model.mid_block.resnets.0.norm1.ln_tuning_layers.bias", "another kind"),
+    "layers that peft stores whole": ("base_model.model.conv_in.weight", "whole weights"),
+    "biases of the base": ("unet.conv_in.bias", "whole weights"),
+    "ControlNet-LLLite": ("lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight", "ControlNet"),
+    "IP-Adapter": ("image_proj.norm.weight", "IP-Adapter"),
+    "AnimateDiff": ("down_blocks.0.motion_modules.0.proj_in.lora_A.weight", "motion module"),
 }
 
 

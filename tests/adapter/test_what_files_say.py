@@ -25,6 +25,7 @@ from lora_unitune.adapter.tools import TOOLS, check_tool, problems
 from lora_unitune.editing.editor import Editor
 from lora_unitune.errors import AdapterFileError, PromptError, SettingError
 from lora_unitune.families import Base
+from lora_unitune.families.tools import KNOWN_KEYS
 from lora_unitune.settings import FitSettings
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -129,8 +130,8 @@ def test_conversions_keep_what_another_tools_file_says(
 ) -> None:
     place = stranger
     for number, layout in enumerate(layouts):
-        convert(place, layout, tmp_path / f"{number}-{layout}")
-        place = tmp_path / f"{number}-{layout}"
+        convert(place, layout, tmp_path / f"{number}-{layout}.safetensors")
+        place = tmp_path / f"{number}-{layout}.safetensors"
     kept = open_source(place).metadata
     assert {key: kept.get(key) for key in CREDITS} == CREDITS
     assert kept["ss_tag_frequency"] == TRAINING["ss_tag_frequency"] and kept["ss_steps"] == "2400"
@@ -148,10 +149,10 @@ def test_conversions_keep_what_another_tools_file_says(
 def test_the_alias_survives_the_syntax_of_a1111(stranger: Path, adapter: Adapter, tmp_path: Path) -> None:
     names = {}
     for tokens in ("zqrt ohwx", "a: <b>, (c)"):
-        replace(adapter, rare_tokens=tokens).save(tmp_path / "k", overwrite=True, layout="kohya")
-        names[tokens] = metadata_of(tmp_path / "k")["ss_output_name"]
-    convert(stranger, "kohya", tmp_path / "s")
-    names["stranger"] = metadata_of(tmp_path / "s")["ss_output_name"]
+        replace(adapter, rare_tokens=tokens).save(tmp_path / "k.safetensors", overwrite=True, layout="kohya")
+        names[tokens] = metadata_of(tmp_path / "k.safetensors")["ss_output_name"]
+    convert(stranger, "kohya", tmp_path / "s.safetensors")
+    names["stranger"] = metadata_of(tmp_path / "s.safetensors")["ss_output_name"]
     assert names == {"zqrt ohwx": "zqrt_ohwx", "a: <b>, (c)": "a_b_c", "stranger": "vintage_look_v2_final"}
     for name in names.values():
         match = re.fullmatch(r"<(\w+):([^>]+)>", f"<lora:{name}:1>")  # as A1111 reads it
@@ -276,13 +277,39 @@ def test_inspect_says_which_tools_read_a_file(
     for tool in TOOLS:
         reads = tool in READERS[layout, alphas]
         assert bool(problems(tool, open_source(path))) is not reads
+        assert ("convert --to kohya" in run("inspect", path).output) is (layout != "kohya")
         result = run("inspect", path, "--for", tool)
         assert result.exit_code == (0 if reads else 1) and ("kohya's layout" in result.stderr) is not reads
     adapter = Adapter.load(path)
-    adapter.save(tmp_path / "eight", dtype=torch.int8)
+    adapter.save(tmp_path / "eight.safetensors", dtype=torch.int8)
     for tool in TOOLS:
         with pytest.raises(AdapterFileError, match="8 bits"):
-            check_tool(tool, open_source(tmp_path / "eight"))
+            check_tool(tool, open_source(tmp_path / "eight.safetensors"))
+
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys", "reads"),
+    [
+        ("a1111", ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",), True),
+        ("a1111", ("lora_te2_text_projection.lora_down.weight",), False),
+        ("comfyui", ("lora_te2_text_projection.lora_down.weight", "unet.conv_in.lora_A.weight"), True),
+        ("comfyui", (f"unet.{ATTENTION}.to_q.lora_A.weight",), False),
+        (
+            "comfyui",
+            (f"{ATTENTION}.processor.to_q_lora.down.weight", f"unet.{ATTENTION}.norm.lora_A.weight"),
+            True,
+        ),
+        ("comfyui", ("base_model.model.conv_in.lora_A.weight",), False),
+        ("comfyui", ("base_model.model.encoder.layers.0.mlp.fc1.lora_A.weight",), False),
+        ("comfyui", ("diffusion_model.out.2.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight"), True),
+    ],
+)
+def test_the_tools_know_these_names(tool: str, keys: tuple[str, ...], reads: bool) -> None:
+    """As their own code was seen to do."""
+    assert all(bool(KNOWN_KEYS[tool].fullmatch(key)) is reads for key in keys)
 
 
 def test_comfyui_reads_alphas_only_beside_the_tensors(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from command_line import QUICK, refused, run
 from PIL import Image
 
-from lora_unitune import read_settings
+from lora_unitune import Adapter, OutputError, convert, read_settings
+from lora_unitune.adapter.convert import strip
 
 
 def link(path: Path, kind: str) -> Path:
@@ -66,6 +68,13 @@ def test_an_adapter_has_the_name_of_one(tmp_path: Path, photo: Path, adapter_fil
     ):
         line = refused(*command, "-o", tmp_path / name, folder=tmp_path, code=2)
         assert "has to end in .safetensors" in line
+    for write in (
+        Adapter.load(adapter_file).save,
+        partial(convert, adapter_file, "diffusers"),
+        partial(strip, adapter_file),
+    ):
+        with pytest.raises(OutputError, match="has to end in .safetensors"):
+            write(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors", "a", "a.gif", "a.png.txt"])

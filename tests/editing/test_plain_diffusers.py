@@ -125,10 +125,10 @@ def test_a_fit_of_any_weight_is_the_same_in_plain_pipelines_at_weight_1(
     weights = ["lora.unet.weight=0.3", "lora.text_encoder.weight=0.7"]
     size = ["photo.size=32x32"]
     fit(photo_image, base=base15, recipe=Recipe(), overrides=[*quick, *weights, *size]).save(
-        tmp_path / "ours"
+        tmp_path / "ours.safetensors"
     )
     file = tmp_path / "photo.safetensors"
-    convert(tmp_path / "ours", layout, file)
+    convert(tmp_path / "ours.safetensors", layout, file)
     adapter, settings = Adapter.load(file), replace(EDIT, strength=1.0, adapter_scale=1.0)
     text = f"{adapter.rare_tokens} a fox"
     ours = Editor(base15).pixels(adapter, [text], "", None, [3], settings)

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 import lora_unitune
 from lora_unitune.adapter.adapter import Adapter
@@ -106,6 +107,38 @@ def example(
         path = Path(folder) / "example.safetensors"
         adapter.save(path, layout=layout, dtype=dtype)
         return path.read_bytes()
+
+
+ATTENTION = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+CONVOLUTION = "lora_unet_mid_block_resnets_0_conv1"
+CLIP = "text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def foreign() -> list[bytes]:
+    """Returns small files of the kinds of tensors that only other tools write."""
+    ones, half = torch.ones, torch.float16
+    cores = {f"hada_t{n}": ones(2, 2, 3, 3) for n in (1, 2)}
+    wide = {f"hada_w{n}_{side}": ones(2, 4) for n in (1, 2) for side in "ab"}
+    loha = {f"hada_w{n}_{side}": ones((4, 2) if side == "a" else (2, 4)) for n in (1, 2) for side in "ab"}
+    locon = {
+        "lora_down.weight": ones(2, 4, 1, 1),
+        "lora_mid.weight": ones(2, 2, 3, 3),
+        "lora_up.weight": ones(4, 2),
+    }
+    pair = {"lora_A.weight": ones(2, 4), "lora_B.weight": ones(4, 2)}
+    files: list[dict[str, torch.Tensor]] = [
+        {f"{CONVOLUTION}.{end}": tensor for end, tensor in {**cores, **wide}.items()},
+        {f"{CONVOLUTION}.{end}": tensor for end, tensor in locon.items()},
+        {f"{ATTENTION}.{end}": tensor.to(half) for end, tensor in loha.items()},
+        {f"{ATTENTION}.{end}": ones(2, 2) for end in ("lora_down.weight", "lora_up.weight", "dora_scale")},
+        {f"base_model.model.{CLIP}.{end}": tensor for end, tensor in pair.items()},
+        {f"text_encoder.{CLIP}.{end}": tensor for end, tensor in pair.items()},
+    ]
+    alphas = (torch.int64, torch.uint8, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    for tensors, dtype in zip(files, alphas, strict=True):
+        layer = next(iter(tensors)).split(".hada_")[0].split(".lora_")[0]
+        tensors |= {f"{layer}.alpha": torch.tensor(2).to(dtype), "bundle_emb.style.clip_l": ones(2, 4)}
+    return [save(tensors, {"ss_base_model_version": "sd_v1"}) for tensors in files]
 
 
 def parts_of(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -294,6 +327,7 @@ def open_mutated(count: int, seed: int = 0) -> Counter[str]:
                 for family in LAYERS for fingerprint in ("0123456789abcdef", "")]  # fmt: skip
     examples += [example("diffusers", family, dtype=torch.int8) for family in LAYERS]
     examples += [as_version_1(example("diffusers", family)) for family in LAYERS]
+    examples += foreign()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated.safetensors"
