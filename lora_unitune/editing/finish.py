@@ -55,5 +55,7 @@ def change_notes(changes: Changes, size: tuple[int, int]) -> tuple[str, ...]:
     """
     if changes.kind == "nothing":
         return ("the edit changes nothing; raise edit.guidance, or say more in the prompt",)
-    enlarged = f"the edit changes nearly all of the photo, so it is enlarged from {size[0]} x {size[1]} pixels"
+    enlarged = (
+        f"the edit changes nearly all of the photo, so it is enlarged from {size[0]} x {size[1]} pixels"
+    )
     return (enlarged,) if changes.kind == "restyled" else ()
