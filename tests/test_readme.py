@@ -66,6 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with the photo and the recipe that README uses."""
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").resize((80, 64)).save("photo.jpg")
+    Image.linear_gradient("L").resize((80, 64)).save("sky.png")
     shutil.copy(ROOT / "recipes" / "pocket" / "default.toml", "mine.toml")
     return tmp_path
 

@@ -20,7 +20,6 @@ from lora_unitune import Adapter, Edit, Editor, OutputError, Recipe, UnituneErro
 from lora_unitune.cli.terminal import bytes_text, uninterrupted, writing
 from lora_unitune.families import BaseFiles, default_recipe
 from lora_unitune.families.location import locate_base
-from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import load_photo
 from lora_unitune.recipe import read_toml
 
@@ -29,7 +28,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "pocket" / "examples"
 OnProgress = Callable[[str, int, int], None]
 """Called with the current stage, its completed steps, and its total steps."""
 
-_PICTURE = 192  # pixels: the longer side of an image on the contact sheet
+_PICTURE, _LARGEST = 192, 480  # pixels: smaller images are enlarged on the contact sheet, larger ones reduced
 _GAP = 16
 _TEXT_LINES = 3
 _TEXT_SIZE = 15
@@ -138,7 +137,7 @@ def _edit_example(
     example: Example, editor: Editor, adapter: Adapter, seed: int, folder: Path, label: str, show: OnProgress
 ) -> tuple[Row, dict[str, Any]]:
     """Reconstructs and edits one example, saves the images, and returns its row and its summary entry."""
-    photo = frame(load_photo(example.photo), adapter.size).image
+    photo = load_photo(example.photo).image
     total = 1 + len(example.edits)
     show(f"redrawing {label}", 0, total)
     redrawn = editor.reconstruct(adapter, seed=seed)
@@ -173,32 +172,46 @@ def _save_edit(edit: Edit, prompt: str, folder: Path, name: str) -> dict[str, An
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """Returns a white RGB sheet with rows of images of any shape, each with its caption below."""
-    columns = max(len(row.pictures) for row in rows)
-    row_height = _LINE + _GAP // 2 + _PICTURE + _TEXT_LINES * _LINE + _GAP
-    size = (_GAP + columns * (_PICTURE + _GAP), _GAP + len(rows) * row_height)
-    sheet = Image.new("RGB", size, "white")
+    """Returns a white RGB sheet with rows of images of any shape, each with its caption below.
+
+    Images are shown at their own size between `_PICTURE` and `_LARGEST` pixels; large ones are on several lines.
+    """
+    cells = [
+        min(max(_PICTURE, *(max(picture.size) for picture, _ in row.pictures)), _LARGEST) for row in rows
+    ]
+    width = max(max(len(row.pictures) for row in rows) * (_PICTURE + _GAP), max(cells) + _GAP)
+    font, tiles, top = ImageFont.load_default(_TEXT_SIZE), [], _GAP
+    headings = []
+    for row, cell in zip(rows, cells, strict=True):
+        headings.append((top, row.heading))
+        top += _LINE + _GAP // 2
+        columns = width // (cell + _GAP)
+        for first in range(0, len(row.pictures), columns):
+            line = row.pictures[first : first + columns]
+            shown = [
+                (ImageOps.contain(each, (cell, cell), Image.Resampling.LANCZOS), text) for each, text in line
+            ]
+            height = max(_PICTURE, *(picture.height for picture, _ in shown))
+            lefts = range(_GAP, width, cell + _GAP)
+            tiles += [(left, top, cell, height, *each) for left, each in zip(lefts, shown, strict=False)]
+            top += height + _TEXT_LINES * _LINE + _GAP
+    sheet = Image.new("RGB", (_GAP + width, top), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(_TEXT_SIZE)
-    for index, row in enumerate(rows):
-        top = _GAP + index * row_height
-        draw.text((_GAP, top), row.heading, fill=(110, 110, 110), font=font)
-        for column, (picture, text) in enumerate(row.pictures):
-            left, upper = _GAP + column * (_PICTURE + _GAP), top + _LINE + _GAP // 2
-            small = ImageOps.contain(picture, (_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
-            centred = left + (_PICTURE - small.width) // 2, upper + (_PICTURE - small.height) // 2
-            sheet.paste(small, centred)
-            for line, words in enumerate(_wrap(text, font)):
-                draw.text((left, upper + _PICTURE + 4 + line * _LINE), words, fill="black", font=font)
+    for upper, heading in headings:
+        draw.text((_GAP, upper), heading, fill=(110, 110, 110), font=font)
+    for left, upper, cell, height, picture, text in tiles:
+        sheet.paste(picture, (left + (cell - picture.width) // 2, upper + (height - picture.height) // 2))
+        for number, words in enumerate(_wrap(text, font, cell)):
+            draw.text((left, upper + height + 4 + number * _LINE), words, fill="black", font=font)
     return sheet
 
 
-def _wrap(text: str, font: Any) -> list[str]:
+def _wrap(text: str, font: Any, width: int) -> list[str]:
     """Wraps a caption to the width of an image; longer ones are truncated with "..."."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > _PICTURE:
+        if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
