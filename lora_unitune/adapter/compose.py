@@ -109,11 +109,13 @@ def _shapes_of(group: Mapping[str, Shape]) -> tuple[Shape, Shape, int]:
         return (left, width, *kernel), b, rank
     if set(group) not in ({*_HADAMARD}, {*_HADAMARD, *_CORES}):
         raise ValueError
-    (a1, b1), (c1, d1), (a2, b2), (c2, d2) = (group[what] for what in _HADAMARD)
-    if not set(_CORES) <= set(group):
-        if (a1, d1) != (a2, d2) or b1 != c1 or b2 != c2:
+    (a1, b1, *o1), (c1, d1, *k1), (a2, b2, *o2), (c2, d2, *k2) = (group[what] for what in _HADAMARD)
+    if not set(_CORES) <= set(group):  # OneTrainer keeps a convolution's four dimensions
+        if (a1, d1, k1) != (a2, d2, k2) or b1 != c1 or b2 != c2 or {*o1, *o2} - {1} or len(k1) not in (0, 2):
             raise ValueError
-        return (c1 * c2, d1), (a1, b1 * b2), c1
+        return (c1 * c2, d1, *k1), (a1, b1 * b2), c1
+    if o1 or o2 or k1 or k2:
+        raise ValueError
     (e1, f1, *k1), (e2, f2, *k2) = (group[what] for what in _CORES)
     if (b1, d1, k1) != (b2, d2, k2) or (e1, f1, e2, f2) != (a1, c1, a2, c2) or len(k1) != 2:
         raise ValueError
@@ -127,6 +129,7 @@ def _tensors_of(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if _MID in group:
         return torch.einsum("rskl,si->rikl", group[_MID], group[_A].flatten(1)), group[_B]
     left1, right1, left2, right2 = (group[what] for what in _HADAMARD)
+    left1, left2 = left1.flatten(1), left2.flatten(1)
     if _CORES[0] in group:
         left1, left2 = left1.T, left2.T
         right1, right2 = (

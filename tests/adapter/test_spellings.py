@@ -296,6 +296,12 @@ def test_factors_that_are_exactly_a_lora_are_one(tmp_path: Path) -> None:
         torch.einsum("ijkl,jr,ip->prkl", t, b, a) for t, a, b in zip(cores, (a1, a2), (b1, b2), strict=True)
     ]
     assert_same(ours(path), {OUR_CONV: (rebuilt[0] * rebuilt[1]).flatten(1)})
+    a1, a2 = (torch.randn(32, 2, 1, 1) for _ in range(2))
+    b1, b2 = (torch.randn(2, 32, 3, 3) for _ in range(2))
+    four = {"w1_a": a1, "w1_b": b1, "w2_a": a2, "w2_b": b2}  # as OneTrainer stores convolutions
+    save_file({f"{CONV}.hada_{k}": t for k, t in four.items()}, path)
+    rebuilt = [a.flatten(1) @ b.flatten(1) for a, b in ((a1, b1), (a2, b2))]
+    assert_same(ours(path), {OUR_CONV: rebuilt[0] * rebuilt[1]})
 
 
 def test_a_loha_whose_rank_is_too_high_as_a_lora_is_refused_with_both_ranks(tmp_path: Path) -> None:
