@@ -23,7 +23,10 @@ from lora_unitune.photo.framing import Box
 
 Kind = Literal["nothing", "local", "relit", "both", "restyled"]
 
-_SAME = 0.045  # a change of colors up to which the background counts as unchanged: the base's own error
+_MOVED, _RELIT = (
+    0.06,
+    0.15,
+)  # a change of color above the base's own error; the part of a picture with such in relit ones
 _SEED, _REST = 0.16, 0.08  # unexplained change with which a replaced region begins, and with which it goes on
 _WIDE, _NARROW = 10, 2  # radius of windows in pixels
 _RESTYLED = 0.6
@@ -59,14 +62,14 @@ def find_changes(photo: Tensor, edit: Tensor) -> Changes:
     """
     tone, shift = whole_map(photo, edit, 0.04, 1e-2)
     toned = torch.einsum("ij,bjhw->bihw", tone, photo) + shift[None, :, None, None]
-    error = largest(edit - toned)
-    moved = largest(toned - photo)[error < _REST]
-    is_relit = moved.numel() == 0 or float(moved.quantile(0.9)) > _SAME
-    if is_relit:
-        for _ in range(3):
-            weight = 1 / (1 + (error / _REST) ** 2)
-            matrix, offset = local_map(photo, edit, _WIDE, 1e-2, weight, tone)
-            error = largest(edit - apply_map(matrix, offset, photo))
+    error = unexplained = largest(edit - toned)
+    for _ in range(3):
+        weight = 1 / (1 + (unexplained / _REST) ** 2)
+        relit = apply_map(*local_map(photo, edit, _WIDE, 1e-2, weight, tone), photo)
+        unexplained = largest(edit - relit)
+    moved = (largest(relit - photo) > _MOVED) & (unexplained < _REST)
+    is_relit = float(moved.float().mean()) > _RELIT
+    error = unexplained if is_relit else error
     replaced = F.max_pool2d(_filled(_regions(mean(error, 1))), 3, 1, 1)
     if is_relit:
         target, weight = torch.lerp(edit, toned, replaced), (1 - replaced).clamp(min=0.02)

@@ -184,15 +184,15 @@ def draw_scene(seed: int, split: str = "train") -> Scene:
             return scene
 
 
-def render(scene: Scene) -> Image.Image:
-    """Renders a scene, RGB, `SIDE` × `SIDE` pixels: at twice the size, then downsampled by the look."""
-    image = backdrop(SIDE * 2, scene.place, scene.time, random.Random(scene.seed))
+def render(scene: Scene, side: int = SIDE) -> Image.Image:
+    """Renders a scene, RGB, `side` × `side` pixels: at twice the size, then downsampled by the look."""
+    image = backdrop(side * 2, scene.place, scene.time, random.Random(scene.seed))
     if scene.companion:
         small = sprite(scene.companion, "red" if scene.companion in COLOURED else "")
         other = 0.15 if scene.x > 0.5 else 0.85
         stand(image, small, scene.time, other, _ground(scene) + 0.03, 0.22)
     _stand_object(image, scene)
-    return LOOKS[scene.look](image, SIDE)
+    return LOOKS[scene.look](image, side)
 
 
 def object_mask(scene: Scene) -> np.ndarray:

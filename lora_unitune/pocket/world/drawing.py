@@ -30,6 +30,8 @@ SUNS = (3 / 16, 8 / 16, 13 / 16)
 """Positions of the sun or the moon. Like objects, backgrounds vary in few ways, a latent or more apart."""
 HORIZONS = (8 / 16, 9 / 16)
 PHASES = (0.0, 1.57, 3.14, 4.71)  # of rolling lines
+BLOCKS = 32
+"""Blocks of pixel art along a side."""
 PAPER = np.array([250.0, 248.0, 242.0])
 SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
 
@@ -191,7 +193,7 @@ def _sketch(image: Image.Image, size: int) -> Image.Image:
 
 
 def _pixel_art(image: Image.Image, size: int) -> Image.Image:
-    blocks = image.resize((size // 2, size // 2), Image.Resampling.BOX)
+    blocks = image.resize((BLOCKS, BLOCKS), Image.Resampling.BOX)
     levels = np.round(np.asarray(blocks, dtype=np.float32) / 51.0) * 51.0
     return Image.fromarray(levels.astype(np.uint8), "RGB").resize((size, size), Image.Resampling.NEAREST)
 

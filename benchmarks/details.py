@@ -1,0 +1,199 @@
+"""Edits at the photo's own size, against the known truth.
+
+    python -m benchmarks.details lights FOLDER -o benchmarks/results/details/lights.json
+    python -m benchmarks.details edits -o benchmarks/results/details/edits.json
+
+The first changes the light of real photos by functions, at the photo's size and at the base's: how much of the truth
+`photo/composition.py` restores, if the base's own edit were right. The second fits scenes of the test lists, rendered
+at eight times the base's size, and edits them. "Enlarged" is the base's own image, enlarged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from lora_unitune import Editor, fit
+from lora_unitune.output import write_atomically
+from lora_unitune.photo.composition import compose, find_changes
+from lora_unitune.photo.framing import choose_size, frame, seen_part
+from lora_unitune.photo.reading import load_photo, photo_to_tensor
+from lora_unitune.pocket.world import SIDE, Scene, render
+from lora_unitune.pocket.world.drawing import LIGHT, SEPIA
+from lora_unitune.settings import PhotoSettings
+
+from .counterfactual.measures import interval, psnr
+from .counterfactual.pairs import TEST, Pair, draw_pairs
+from .counterfactual.run import noise_seeds, photos
+from .origin import origin
+
+SCALE = 8
+SMALLEST = 1024  # pixels of a photo's shorter side
+Values = NDArray[np.float64]
+
+
+def night(values: Values) -> Values:
+    return np.clip(values * LIGHT["night"], 0, 1) ** 1.15
+
+
+def sunset(values: Values) -> Values:
+    """Warm light with a glow at half the height."""
+    glow = 1 - np.abs(np.linspace(-1, 1, len(values)))[:, None, None]
+    return np.clip(values * LIGHT["sunset"] + glow * (0.12, 0.05, -0.02), 0, 1)
+
+
+def sepia(values: Values) -> Values:
+    """Toned, with dark corners."""
+    down, along = (np.linspace(-1, 1, side) for side in values.shape[:2])
+    corners = 1 - 0.42 * np.clip(down[:, None] ** 2 + along[None] ** 2 - 0.25, 0, 1.5)
+    return np.clip(values @ SEPIA.T * 0.92 + 0.03, 0, 1) * corners[..., None]
+
+
+LIGHTS = {"night": night, "sunset": sunset, "sepia": sepia}
+
+
+def likeness(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+    """PSNR in dB."""
+    return psnr(float(np.square(first / 255.0 - second / 255.0).mean()))
+
+
+def enlarged(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+
+
+def expected(pair: Pair) -> tuple[str, ...]:
+    """The kinds of change that an edit's truth may count as; a place may keep its sky and its light, or not."""
+    before, after = pair.before, pair.truth.scene
+    if pair.kind == "look" and {before.look, after.look} != {"plain", "sepia"}:
+        return ("restyled",)
+    if pair.kind in ("look", "time"):
+        return "relit", "both"
+    return ("local", "both", "restyled") if pair.kind == "place" else ("local",)
+
+
+def kept_bytes(photo: NDArray[np.uint8], truth: NDArray[np.uint8], edit: NDArray[np.uint8]) -> float:
+    """The share of the pixels that an edit keeps exactly, outside of what the truth changes, grown by two latents."""
+    changes = torch.from_numpy((np.abs(photo.astype(int) - truth).max(2) > 2).astype(np.float32))
+    cells = F.max_pool2d(changes[None, None], SCALE)
+    outside = F.interpolate(F.max_pool2d(cells, 5, 1, 2), scale_factor=SCALE)[0, 0].numpy() == 0
+    return float((edit == photo).all(2)[outside].mean()) if outside.any() else float("nan")
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    kept = np.array([value for value in values if np.isfinite(value)])
+    if not len(kept):
+        return {"edits": 0}
+    mean, low, high = (round(float(each), 3) for each in interval(kept[:, None]))
+    return {"edits": len(kept), "mean": mean, "interval": [low, high], "least": round(float(kept.min()), 3)}
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command("lights")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False))
+def run_lights(folder: Path, output: Path) -> None:
+    """Real photos of a FOLDER, of at least 1,024 pixels, at pocket's size."""
+    rows = []
+    for path in sorted(folder.iterdir()):
+        photo = load_photo(path)
+        width, height = photo.image.size
+        if min(width, height) < SMALLEST:
+            continue
+        shape = width * SMALLEST // min(width, height), height * SMALLEST // min(width, height)
+        photo = load_photo(photo.image.resize(shape, Image.Resampling.LANCZOS))
+        size = choose_size(shape, PhotoSettings(), (SIDE, SIDE), 16)
+        values, box = np.asarray(photo.image), seen_part(shape, size)
+        before = photo_to_tensor(frame(photo, size)) / 2 + 0.5
+        for name, light in LIGHTS.items():
+            truth = Image.fromarray((light(values / 255.0) * 255).round().astype(np.uint8))
+            after = frame(load_photo(truth), size).image
+            changes = find_changes(before, photo_to_tensor(load_photo(after)) / 2 + 0.5)
+            left, top, right, bottom = box
+            seen = np.asarray(truth)[top:bottom, left:right]
+            ours = compose(values, changes, box)[top:bottom, left:right]
+            psnrs = likeness(enlarged(after, (right - left, bottom - top)), seen), likeness(ours, seen)
+            rows.append({"photo": path.name, "light": name, "kind": changes.kind, "psnr": [*psnrs]})
+            click.echo(f"{path.name} {name}: {psnrs[0]:.1f} to {psnrs[1]:.1f} dB, {changes.kind}", err=True)
+    gains = [after - before for before, after in (row["psnr"] for row in rows)]
+    result = {
+        "made": origin(torch.device("cpu")),
+        "photos": len({row["photo"] for row in rows}),
+        "least_gain": round(min(gains), 2),
+        "median_psnr": round(float(np.median([row["psnr"][1] for row in rows])), 2),
+        "rows": [{**row, "psnr": [round(value, 2) for value in row["psnr"]]} for row in rows],
+    }
+    _write(output, result)
+
+
+@main.command("edits")
+@click.option("--pairs", "count", default=60, show_default=True, type=click.IntRange(1), help="Of each list.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False))
+def run_edits(count: int, output: Path) -> None:
+    """Scenes of the test lists at eight times the base's size, fitted and edited."""
+    editor, rows, table = Editor("pocket"), list[dict[str, Any]](), Counter[str]()
+    for which, split in TEST.items():
+        for number, group in photos(draw_pairs(split, count)):
+            photo = render(group[0].before, SIDE * SCALE)
+            editor.release()
+            adapter = fit(photo, base=editor.base, seed=0)
+            for pair, seed in zip(group, noise_seeds(number, 0, len(group)), strict=True):
+                edit = editor.edit(adapter, pair.prompt, photo=photo, seed=seed)
+                row = _measured(pair, np.asarray(photo), edit)
+                rows.append({"list": which, "photo": number, "prompt": pair.prompt, **row})
+                table[f"{pair.kind}: {row['found']}"] += 1
+                click.echo(f"{which} {number} {pair.prompt}: {row}", err=True)
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
+    local = [row for row in rows if row["expected"] == ["local"] and row["enlarged_psnr"] > 20]
+    _write(
+        output,
+        {
+            "made": origin(editor.base.device),
+            "right_kind": _summary([float(row["found"] in row["expected"]) for row in rows]),
+            "kinds": dict(sorted(table.items())),
+            "gain": {
+                kind: _summary([row["psnr"] - row["enlarged_psnr"] for row in of])
+                for kind, of in by_kind.items()
+            },
+            "kept": _summary([row["kept"] for row in local]),
+            "rows": rows,
+        },
+    )
+
+
+def _measured(pair: Pair, photo: NDArray[np.uint8], edit: Any) -> dict[str, Any]:
+    scene: Scene = pair.truth.scene
+    truth, image = np.asarray(render(scene, SIDE * SCALE)), np.asarray(edit.image)
+    large = enlarged(edit.base_image, edit.image.size)
+    return {
+        "kind": pair.kind,
+        "expected": list(expected(pair)),
+        "found": edit.changes.kind,
+        "enlarged_psnr": round(likeness(large, truth), 2),
+        "psnr": round(likeness(image, truth), 2),
+        "kept": round(kept_bytes(photo, truth, image), 4),
+    }
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"), overwrite=True)
+    click.echo(json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
