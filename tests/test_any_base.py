@@ -97,7 +97,8 @@ def test_every_family_works_end_to_end(base: Base, wide_photo: Image.Image, tmp_
         assert residual.image.tobytes() != first.image.tobytes()
         from_noise = editor.edit(loaded, "a fox", seed=3, **FROM_NOISE)
         given = editor.edit(loaded, "a fox", seed=3, photo=wide_photo, **FROM_NOISE)
-        assert from_noise.image.size == given.image.size == adapter.size
+        assert given.base_image is not None and from_noise.image.size == given.base_image.size == adapter.size
+        assert given.image.size == wide_photo.size
         assert len({each.image.tobytes() for each in (first, residual, from_noise, given)}) == 4
         assert editor.reconstruct(loaded).image.size == adapter.size
     assert unchanged(base, before)
