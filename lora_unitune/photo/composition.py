@@ -28,6 +28,7 @@ _MOVED, _RELIT = (
     0.15,
 )  # a change of color above the base's own error; the part of a picture with such in relit ones
 _SEED, _REST = 0.16, 0.08  # unexplained change with which a replaced region begins, and with which it goes on
+_KEPT = 0.03  # a change up to which a place of a relit picture is the photo's
 _WIDE, _NARROW = 10, 2  # radius of windows in pixels
 _RESTYLED = 0.6
 _STRIP = 2**20  # pixels
@@ -69,15 +70,18 @@ def find_changes(photo: Tensor, edit: Tensor) -> Changes:
         unexplained = largest(edit - relit)
     moved = (largest(relit - photo) > _MOVED) & (unexplained < _REST)
     is_relit = float(moved.float().mean()) > _RELIT
-    error = unexplained if is_relit else error
+    same = mean(largest(edit - photo), 1)
+    error = torch.minimum(unexplained, same) if is_relit else error
     replaced = F.max_pool2d(_filled(_regions(mean(error, 1))), 3, 1, 1)
+    identity, none = torch.eye(3, device=photo.device)[None, :, :, None, None], torch.zeros_like(photo)
     if is_relit:
         target, weight = torch.lerp(edit, toned, replaced), (1 - replaced).clamp(min=0.02)
         matrix, offset = local_map(photo, target, _NARROW, 1e-3, weight, tone)
+        kept = mean((same < _KEPT).float(), 1)
+        matrix, offset = torch.lerp(matrix, identity, kept[:, None]), torch.lerp(offset, none, kept)
     else:
         edit = (edit - (toned - photo)).clamp(0, 1)
-        matrix = torch.eye(3, device=photo.device)[None, :, :, None, None].repeat(1, 1, 1, *photo.shape[-2:])
-        offset = torch.zeros_like(photo)
+        matrix, offset = identity.repeat(1, 1, 1, *photo.shape[-2:]), none
     kind: Kind = (
         ("both" if replaced.any() else "relit") if is_relit else "local" if replaced.any() else "nothing"
     )

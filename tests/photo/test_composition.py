@@ -106,6 +106,17 @@ def test_light_and_a_new_thing_together() -> None:
     assert psnr(compose(before, changes, whole(before)), truth) > 30
 
 
+def test_what_a_relit_picture_leaves_keeps_its_values() -> None:
+    """As where the place changes behind a thing."""
+    size, scale = (64, 64), 6
+    before = photo(size, scale)
+    reduced, left = small(before, size), torch.arange(64) < 32
+    edit = torch.where(left, 0.4 * reduced, reduced)
+    after = compose(before, find_changes(reduced, edit), whole(before))
+    assert np.array_equal(after[:, 40 * scale :], before[:, 40 * scale :])
+    assert psnr(after[:, : 24 * scale], 0.4 * before[:, : 24 * scale]) > 30
+
+
 def test_an_unrelated_picture_is_enlarged() -> None:
     before, other = photo((64, 64), 4), small(photo((64, 64), 4, seed=5), (64, 64))
     changes = find_changes(small(before, (64, 64)), other)
