@@ -84,12 +84,17 @@ def sampling_grid(
 
 
 def edges(grid: dict[str, tuple[Any, ...]], dials: Dials) -> Dials:
-    """The hyperparameters at an end of their search space that isn't a natural bound: it may be too narrow."""
+    """The hyperparameters at an end of their search space that isn't a natural bound: it may be too narrow.
+
+    Guidance that stops before sampling begins, at one minus the strength, is none: no earlier stop differs.
+    """
     found = {}
+    begin = 1 - dials.get("strength", 1.0)
     for dial, values in grid.items():
         numbers = [value for value in values if isinstance(value, float | int) and type(value) is not bool]
         ends = {min(numbers), max(numbers)} if len(set(numbers)) > 1 else set()
-        if dials.get(dial) in ends - {BOUNDS.get(dial)}:
+        never = dial == "guidance_stop" and dials.get(dial, 1.0) <= begin + 1e-9
+        if dials.get(dial) in ends - {BOUNDS.get(dial)} and not never:
             found[dial] = dials[dial]
     return found
 

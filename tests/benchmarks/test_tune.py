@@ -52,6 +52,12 @@ def test_an_edge_is_an_end_of_the_space_without_a_natural_bound() -> None:
     assert edges(grid, {"guidance_start": 0.6}) == {"guidance_start": 0.6}
 
 
+@pytest.mark.parametrize(("strength", "is_edge"), [(1.0, True), (0.95, True), (0.9, False), (0.5, False)])
+def test_guidance_that_stops_before_sampling_begins_is_no_edge(strength: float, is_edge: bool) -> None:
+    grid: dict[str, tuple[Any, ...]] = {"guidance_stop": (0.1, 0.2, 1.0), "strength": (0.3, 1.0, 0.9)}
+    assert bool(edges(grid, {"guidance_stop": 0.1, "strength": strength})) == is_edge
+
+
 class Painter:
     """A method whose only hyperparameter is the color that it paints."""
 
