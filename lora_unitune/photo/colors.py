@@ -12,8 +12,8 @@ from torch import Tensor
 
 def mean(image: Tensor, radius: int) -> Tensor:
     """Returns the mean over the window around each pixel, (b, c, h, w)."""
-    padded = F.pad(image, (radius,) * 4, mode="replicate")
-    return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
+    padded, side = F.pad(image, (radius,) * 4, mode="replicate"), 2 * radius + 1
+    return F.avg_pool2d(F.avg_pool2d(padded, (side, 1), stride=1), (1, side), stride=1)
 
 
 def largest(image: Tensor) -> Tensor:

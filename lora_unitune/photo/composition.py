@@ -31,12 +31,13 @@ _SEED, _REST = 0.16, 0.08  # unexplained change with which a replaced region beg
 _KEPT = 0.03  # a change up to which a place of a relit picture is the photo's
 _WIDE, _NARROW = 10, 2  # radius of windows in pixels
 _RESTYLED = 0.6
+_LARGEST = 128  # pixels of a side
 _STRIP = 2**20  # pixels
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What an edit changes in a photo, at the base's size.
+    """What an edit changes in a photo, at the base's size or smaller.
 
     Attributes:
         kind: "nothing"; "local", something was put in or taken out; "relit", other light or colors; "both"; or
@@ -60,9 +61,17 @@ def find_changes(photo: Tensor, edit: Tensor) -> Changes:
     Args:
         photo: The photo at the base's size.
         edit: The edit without the base's errors in the photo, as `details.restore` or `details.add_detail` return it.
+
+    Returns:
+        The changes; all but the edit at a size of at most `_LARGEST` pixels, at which the thresholds were chosen.
     """
+    full, step = (photo, edit), -(-max(photo.shape[-2:]) // _LARGEST)
+    size = [max(1, side // step) for side in photo.shape[-2:]]
+    photo, edit = (F.interpolate(image, size, mode="area") for image in full)
     tone, shift = whole_map(photo, edit, 0.04, 1e-2)
-    toned = torch.einsum("ij,bjhw->bihw", tone, photo) + shift[None, :, None, None]
+    toned, toned_full = (
+        torch.einsum("ij,bjhw->bihw", tone, image) + shift[None, :, None, None] for image in (photo, full[0])
+    )
     error = unexplained = largest(edit - toned)
     for _ in range(3):
         weight = 1 / (1 + (unexplained / _REST) ** 2)
@@ -80,14 +89,14 @@ def find_changes(photo: Tensor, edit: Tensor) -> Changes:
         kept = mean((same < _KEPT).float(), 1)
         matrix, offset = torch.lerp(matrix, identity, kept[:, None]), torch.lerp(offset, none, kept)
     else:
-        edit = (edit - (toned - photo)).clamp(0, 1)
+        full = full[0], (full[1] - (toned_full - full[0])).clamp(0, 1)
         matrix, offset = identity.repeat(1, 1, 1, *photo.shape[-2:]), none
     kind: Kind = (
         ("both" if replaced.any() else "relit") if is_relit else "local" if replaced.any() else "nothing"
     )
     if float(replaced.mean()) > _RESTYLED:
         kind = "restyled"
-    return Changes(kind, replaced, matrix, offset, edit)
+    return Changes(kind, replaced, matrix, offset, full[1])
 
 
 def compose(photo: NDArray[np.uint8], changes: Changes, box: Box) -> NDArray[np.uint8]:
@@ -119,11 +128,15 @@ def compose(photo: NDArray[np.uint8], changes: Changes, box: Box) -> NDArray[np.
 
 
 def apply_changes(photo: Tensor, changes: Changes) -> Tensor:
-    """Returns a photo with changes of its own size, (1, 3, h, w)."""
+    """Returns a photo of the edit's size with its changes, (1, 3, h, w)."""
     if changes.kind == "restyled":
         return changes.edit
-    relit = apply_map(changes.matrix, changes.offset, photo).clamp(0, 1)
-    return torch.lerp(relit, changes.edit, changes.replaced)
+    planes = torch.cat([changes.replaced, changes.matrix.flatten(1, 2), changes.offset], 1)
+    if planes.shape[-2:] != photo.shape[-2:]:
+        planes = F.interpolate(planes, photo.shape[-2:], mode="bilinear", align_corners=False)
+    replaced, matrix, offset = planes.split([1, 9, 3], 1)
+    relit = apply_map(matrix.unflatten(1, (3, 3)), offset, photo).clamp(0, 1)
+    return torch.lerp(relit, changes.edit, replaced)
 
 
 def _lines(planes: Tensor, axis: int, pixels: NDArray[np.int64], start: int, end: int) -> Tensor:

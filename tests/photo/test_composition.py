@@ -124,6 +124,25 @@ def test_an_unrelated_picture_is_enlarged() -> None:
     assert np.array_equal(compose(before, changes, whole(before)), enlarged(changes.edit, before))
 
 
+@pytest.mark.parametrize("enlargement", [4, 8])
+def test_a_larger_base_finds_the_same_changes(enlargement: int) -> None:
+    """A base of 512 pixels is no other than one of 64; what is new has its sharpness."""
+    size, scale = (64, 64), 16
+    before = photo(size, scale)
+    red, around = torch.tensor([0.9, 0.1, 0.1]).reshape(1, 3, 1, 1), 9 * enlargement
+    larger = (64 * enlargement, 64 * enlargement)
+    reduced = small(before, larger)
+    changes = find_changes(reduced, torch.lerp(reduced, red, disk(larger, around)))
+    assert changes.kind == "local" and max(changes.replaced.shape) <= 128
+    after = compose(before, changes, whole(before))
+    near = F.interpolate(disk(larger, 12 * enlargement), scale_factor=scale // enlargement)[0, 0].numpy() > 0
+    assert np.array_equal(after[~near], before[~near])
+    dark = find_changes(reduced, 0.5 * reduced)
+    assert dark.kind == "relit"
+    assert np.abs(compose(before, dark, whole(before)) - 0.5 * before).mean() < 2
+    torch.testing.assert_close(composition.apply_changes(reduced, dark), 0.5 * reduced, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 10_000])
 def test_the_strips_leave_no_trace(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     size, before = (64, 48), photo((64, 48), 4)
