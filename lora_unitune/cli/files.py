@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,6 +20,7 @@ from lora_unitune.cli.options import (
     overwrite_option,
 )
 from lora_unitune.cli.terminal import bytes_text, command, shown, size_text, writing
+from lora_unitune.output import PICTURES
 
 if TYPE_CHECKING:
     from lora_unitune.adapter.convert import Layout
@@ -36,15 +38,17 @@ if TYPE_CHECKING:
 def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
     """Describe ADAPTER, without loading its base model.
 
-    ADAPTER is a file, a PEFT folder, or hub://OWNER/NAME.
+    ADAPTER is a file, a PEFT folder, or hub://OWNER/NAME; or a picture that edit wrote, with the settings it was made
+    with.
 
     \b
     Examples:
       lora-unitune inspect photo.safetensors
       lora-unitune inspect photo.safetensors --for comfyui
       lora-unitune inspect photo.safetensors --json
+      lora-unitune inspect out.jpg
     """
-    from lora_unitune import describe
+    from lora_unitune import describe, read_settings
     from lora_unitune.adapter.tools import check_tool, readers
     from lora_unitune.recipe import toml
 
@@ -52,9 +56,15 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
         from lora_unitune.adapter.header import open_source
 
         check_tool(tool, open_source(adapter))
-    summary = describe(adapter)
+    is_picture = Path(adapter).suffix.lower() in PICTURES and Path(adapter).is_file()
+    summary = read_settings(adapter) if is_picture else describe(adapter)
     if as_json:
         click.echo(json.dumps(summary))
+        return
+    if is_picture:
+        for name, value in summary.items():
+            text = f"{value:g}" if isinstance(value, float) else shown(value) or "none"
+            click.echo(f"{name.replace('_', ' '):<18}{text}")
         return
     recipe = summary.pop("recipe")
     summary["read_by"] = readers(summary)

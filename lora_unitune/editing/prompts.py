@@ -13,6 +13,15 @@ from lora_unitune.settings import EditSettings
 _WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<[a-z]+:[^<>]*>", re.IGNORECASE)
 """Weights such as (fox:1.4) and networks such as <lora:name:1>, as other tools write them."""
 _WORD = re.compile(r"[^\W\d_]+")
+_PEOPLE = "(?:person|people|man|men|woman|women|boy|girl|child|kid|baby|face|lady|guy)"
+_TRAITS = "(?:black|white|asian|african|european|indian|arab|latino|latina|hispanic|dark|pale|light)"
+_AGES = "(?:young|younger|old|older|aged|elderly|teenage)"
+_PERSONAL = re.compile(
+    rf"\b(?:(?:skin|complexion)\b|ethnicity\b|gender\b|{_TRAITS}[- ](?:skinned\b|{_PEOPLE}\b)|{_AGES} {_PEOPLE}\b|"
+    rf"as an? (?:{_AGES} )?{_PEOPLE}\b|(?:him|her|them|himself|herself) (?:as )?(?:look )?(?:{_AGES}|{_TRAITS})\b)",
+    re.IGNORECASE,
+)
+"""Words for what belongs to a person: skin, origin, age, gender."""
 
 
 def checked_text(name: str, text: Any) -> str:
@@ -38,13 +47,18 @@ def checked_text(name: str, text: Any) -> str:
 
 
 def prompt_notes(base: Base, **texts: str) -> list[str]:
-    """Returns notes on an edit's texts: what is cut off, what means nothing, and which words the base hardly knows.
+    """Returns notes on an edit's texts: what needs care, what is cut off, what means nothing, and unknown words.
 
     Args:
         base: The base.
         **texts: The complete texts, by the names of their arguments.
     """
     notes = []
+    if any(_PERSONAL.search(text) for text in texts.values()):
+        notes.append(
+            "this asks to change what belongs to a person, such as skin, age or gender: have their consent, and say "
+            "that the image is edited"
+        )
     for name, text in texts.items():
         shown = name.replace("_", " ")
         _, cut = base.tokenize(text)

@@ -47,3 +47,43 @@ def test_weights_of_other_tools_mean_nothing(base15: Base, text: str) -> None:
 @pytest.mark.parametrize("text", ["a fox (red)", "at 3:15", "a < b", "(fox)"])
 def test_other_brackets_are_not_noted(base15: Base, text: str) -> None:
     assert prompt_notes(base15, prompt=text) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "with darker skin",
+        "an old man",
+        "as a woman",
+        "as an elderly person",
+        "make him younger",
+        "a Black woman",
+        "dark-skinned",
+        "another ethnicity",
+        "make her look old",
+    ],
+)
+def test_a_prompt_for_what_belongs_to_a_person_gets_one_note(base15: Base, prompt: str) -> None:
+    notes = prompt_notes(base15, prompt=prompt, negative_prompt="white man")
+    assert len([note for note in notes if "consent" in note]) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a black cat",
+        "an old car",
+        "a white dress",
+        "a person at night",
+        "a man with a hat",
+        "the old town",
+        "as a pencil sketch",
+        "an older photograph of a child",
+        "a race car",
+        "light on her face",
+        "an Indian elephant",
+        "a baby fox",
+    ],
+)
+def test_other_prompts_get_none(base15: Base, prompt: str) -> None:
+    assert not [note for note in prompt_notes(base15, prompt=prompt) if "consent" in note]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -116,10 +118,15 @@ def test_the_command_gives_back_the_photo_with_its_entries(
     for more in ((), ("--keep-gps", "--overwrite")):
         result = run(*edit, "a fox", *options, *more, "-o", tmp_path / name)
         assert result.exit_code == 0, result.output
+        shown = run("inspect", tmp_path / name).stdout
+        assert re.search("^prompt +a fox$", shown, re.M) and re.search("^strength +0.5$", shown, re.M)
+        told = json.loads(run("inspect", tmp_path / name, "--json").stdout)
+        assert told == read_settings(tmp_path / name)
         with Image.open(tmp_path / name) as image:
             assert image.size == (90, 60)
             assert image.getexif()[0x010F] == "Camera" and image.getexif().get(0x0112, 1) == 1
             assert dict(image.getexif().get_ifd(0x8825)) == ({1: "N"} if more else {})
+    assert "no settings of an edit" in refused("inspect", tmp_path / "photo.jpg", folder=tmp_path)
     for taken in ("photo.jpg", "mask.png"):
         assert "which the command reads" in refused(
             *edit, "a fox", *options, "--overwrite", "-o", tmp_path / taken, folder=tmp_path
