@@ -189,7 +189,8 @@ def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
     ("tensors", "message"),
     [
         ({"lora_unet_x.alpha": torch.ones(1)}, "of a layer that Stable Diffusion"),
-        ({"model.weight": torch.ones(2, 2)}, "doesn.t belong to a LoRA adapter"),
+        ({"model.weight": torch.ones(2, 2)}, "a file with whole weights of layers"),
+        ({"model.scales": torch.ones(2, 2)}, "doesn.t belong to a LoRA adapter"),
         ({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}, "is missing"),
         ({"unet.to_q.lora_A.weight": torch.ones(2, 2)}, "is missing"),
         ({"unet.to_q.lora_A.weight": torch.ones(2000, 2)}, "can't hold"),
