@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_unitune import Editor
 from lora_unitune.editing.start import Start
 from lora_unitune.families import Condition, joined
+from lora_unitune.photo import colors
 from lora_unitune.photo.framing import frame
 from lora_unitune.photo.reading import Photo, load_photo, photo_to_tensor
 
@@ -101,7 +102,7 @@ def edges(grid: dict[str, tuple[Any, ...]], dials: Dials) -> Dials:
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
     """(n, 3, h, w) in [0, 1] -> (n, h, w, 3) uint8."""
-    return (pixels.permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()
+    return np.stack([colors.to_bytes(each) for each in pixels])
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ SCHEME = "hub://"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}", re.ASCII)
 _MOST_PICTURES = 2
+_SHOWN = [ending for ending, kind in PICTURES.items() if kind != "TIFF"]  # by browsers
 _LARGEST_FILE = 2**30  # bytes
 _ASK = "check its name, the network, and `hf auth login`"
 
@@ -77,7 +78,7 @@ def prepare_push(
     files = {Path(path).name: Path(path).read_bytes()}
     for number, picture in enumerate(pictures, 1):
         ending = Path(picture).suffix.lower()
-        if PICTURES.get(ending, "TIFF") == "TIFF" or not Path(picture).is_file():
+        if ending not in _SHOWN or not Path(picture).is_file():
             raise SettingError(
                 f"picture {picture} isn't a PNG, JPEG, WebP or AVIF file; give one that edit wrote"
             )

@@ -146,7 +146,8 @@ def recorded(
 
 def to_image(pixels: Tensor) -> Image.Image:
     """Converts (3, height, width) in [0, 1] to an image, with diffusers' rounding."""
-    import torch
     from PIL import Image
 
-    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy())
+    from lora_unitune.photo.colors import to_bytes
+
+    return Image.fromarray(to_bytes(pixels))

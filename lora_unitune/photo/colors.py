@@ -1,13 +1,22 @@
 """Affine maps of colors between images: of a whole picture, and of the window around each pixel.
 
-Images are (b, c, h, w) float32; a map is a matrix, (b, c, 3, h, w), and an offset, (b, c, h, w).
+Images are (b, c, h, w) float32; a map is a matrix, (b, c, 3, h, w), and an offset, (b, c, h, w). A map of a whole
+picture has height and width 1.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
+    """Converts (3, h, w) in [0, 1] to (h, w, 3) uint8, with diffusers' rounding."""
+    values: NDArray[np.uint8] = (pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy()
+    return values
 
 
 def mean(image: Tensor, radius: int) -> Tensor:
@@ -37,7 +46,7 @@ def local_map(
         radius: Radius of the windows in pixels.
         ridge: Added to the variances of the guide's colors: a window of less variance takes the prior.
         weight: Weight of each pixel, (1, 1, h, w).
-        prior: The matrix of a window without variance, (c, 3); 0 if it is None.
+        prior: The matrix of a window without variance, (1, c, 3, 1, 1); 0 if it is None.
 
     Returns:
         The matrices, (b, c, 3, h, w), and the offsets, (b, c, h, w), each the mean of the windows around a pixel.
@@ -50,7 +59,7 @@ def local_map(
         return mean(values * weight, radius) / mean(weight, radius)
 
     if prior is not None:
-        image = image - torch.einsum("ij,bjhw->bihw", prior, guide)
+        image = image - apply_map(prior, 0, guide)
     guide_mean, image_mean = average(guide), average(image)
     products = torch.einsum("zihw,zjhw->zijhw", guide, guide).flatten(1, 2)
     variance = average(products).unflatten(1, (3, 3)) - guide_mean[:, :, None] * guide_mean[:, None]
@@ -60,7 +69,7 @@ def local_map(
     matrix = torch.linalg.solve(variance, covariance.permute(0, 3, 4, 2, 1)).permute(0, 4, 3, 1, 2)
     offset = image_mean - apply_map(matrix, 0, guide_mean)
     if prior is not None:
-        matrix = matrix + prior[None, :, :, None, None]
+        matrix = matrix + prior
     smooth = mean(matrix.flatten(1, 2), radius).reshape(count, channels, 3, height, width)
     return smooth, mean(offset, radius)
 
@@ -78,7 +87,7 @@ def whole_map(guide: Tensor, image: Tensor, scale: float, ridge: float) -> tuple
         ridge: Added to the variances of the guide's colors.
 
     Returns:
-        The matrix, (3, 3), and the offset, (3,).
+        The matrix, (1, 3, 3, 1, 1), and the offset, (1, 3, 1, 1).
     """
     before, after = guide[0].flatten(1), image[0].flatten(1)
     identity, weight = torch.eye(3, device=guide.device), torch.ones_like(before[0])
@@ -91,7 +100,7 @@ def whole_map(guide: Tensor, image: Tensor, scale: float, ridge: float) -> tuple
         offset = after_mean - matrix @ before_mean
         error = (after - matrix @ before - offset).abs().amax(0)
         weight = 1 / (1 + (error / scale) ** 2)
-    return matrix, offset[:, 0]
+    return matrix[None, :, :, None, None], offset[None, :, :, None]
 
 
 def apply_map(matrix: Tensor, offset: Tensor | float, image: Tensor) -> Tensor:

@@ -18,15 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lora_unitune.photo.colors import apply_map, largest, local_map, mean, whole_map
+from lora_unitune.photo.colors import apply_map, largest, local_map, mean, to_bytes, whole_map
 from lora_unitune.photo.framing import Box
 
 Kind = Literal["nothing", "local", "relit", "both", "restyled"]
 
-_MOVED, _RELIT = (
-    0.06,
-    0.15,
-)  # a change of color above the base's own error; the part of a picture with such in relit ones
+_MOVED = 0.06  # a change of color above the base's own error
+_RELIT = 0.15  # the part of a picture with such changes from which it is relit
 _SEED, _REST = 0.16, 0.08  # unexplained change with which a replaced region begins, and with which it goes on
 _KEPT = 0.03  # a change up to which a place of a relit picture is the photo's
 _WIDE, _NARROW = 10, 2  # radius of windows in pixels
@@ -65,38 +63,35 @@ def find_changes(photo: Tensor, edit: Tensor) -> Changes:
     Returns:
         The changes; all but the edit at a size of at most `_LARGEST` pixels, at which the thresholds were chosen.
     """
-    full, step = (photo, edit), -(-max(photo.shape[-2:]) // _LARGEST)
-    size = [max(1, side // step) for side in photo.shape[-2:]]
-    photo, edit = (F.interpolate(image, size, mode="area") for image in full)
-    tone, shift = whole_map(photo, edit, 0.04, 1e-2)
-    toned, toned_full = (
-        torch.einsum("ij,bjhw->bihw", tone, image) + shift[None, :, None, None] for image in (photo, full[0])
-    )
-    error = unexplained = largest(edit - toned)
+    before, after = _reduced(photo), _reduced(edit)
+    tone = whole_map(before, after, 0.04, 1e-2)
+    toned = apply_map(*tone, before)
+    error = unexplained = largest(after - toned)
     for _ in range(3):
         weight = 1 / (1 + (unexplained / _REST) ** 2)
-        relit = apply_map(*local_map(photo, edit, _WIDE, 1e-2, weight, tone), photo)
-        unexplained = largest(edit - relit)
-    moved = (largest(relit - photo) > _MOVED) & (unexplained < _REST)
+        relit = apply_map(*local_map(before, after, _WIDE, 1e-2, weight, tone[0]), before)
+        unexplained = largest(after - relit)
+    moved = (largest(relit - before) > _MOVED) & (unexplained < _REST)
     is_relit = float(moved.float().mean()) > _RELIT
-    same = mean(largest(edit - photo), 1)
+    same = mean(largest(after - before), 1)
     error = torch.minimum(unexplained, same) if is_relit else error
     replaced = F.max_pool2d(_filled(_regions(mean(error, 1))), 3, 1, 1)
-    identity, none = torch.eye(3, device=photo.device)[None, :, :, None, None], torch.zeros_like(photo)
+    matrix = torch.eye(3, device=photo.device)[None, :, :, None, None].repeat(1, 1, 1, *before.shape[-2:])
+    offset = torch.zeros_like(before)
     if is_relit:
-        target, weight = torch.lerp(edit, toned, replaced), (1 - replaced).clamp(min=0.02)
-        matrix, offset = local_map(photo, target, _NARROW, 1e-3, weight, tone)
+        target, weight = torch.lerp(after, toned, replaced), (1 - replaced).clamp(min=0.02)
+        lit = local_map(before, target, _NARROW, 1e-3, weight, tone[0])
         kept = mean((same < _KEPT).float(), 1)
-        matrix, offset = torch.lerp(matrix, identity, kept[:, None]), torch.lerp(offset, none, kept)
+        matrix, offset = torch.lerp(lit[0], matrix, kept[:, None]), torch.lerp(lit[1], offset, kept)
     else:
-        full = full[0], (full[1] - (toned_full - full[0])).clamp(0, 1)
-        matrix, offset = identity.repeat(1, 1, 1, *photo.shape[-2:]), none
-    kind: Kind = (
-        ("both" if replaced.any() else "relit") if is_relit else "local" if replaced.any() else "nothing"
-    )
+        edit = (edit - (apply_map(*tone, photo) - photo)).clamp(0, 1)
     if float(replaced.mean()) > _RESTYLED:
-        kind = "restyled"
-    return Changes(kind, replaced, matrix, offset, full[1])
+        kind: Kind = "restyled"
+    elif replaced.any():
+        kind = "both" if is_relit else "local"
+    else:
+        kind = "relit" if is_relit else "nothing"
+    return Changes(kind, replaced, matrix, offset, edit)
 
 
 def compose(photo: NDArray[np.uint8], changes: Changes, box: Box) -> NDArray[np.uint8]:
@@ -110,33 +105,48 @@ def compose(photo: NDArray[np.uint8], changes: Changes, box: Box) -> NDArray[np.
     Returns:
         (height, width, 3) uint8, with the photo's own values where the edit changes nothing.
     """
+    if changes.kind == "nothing":
+        return photo.copy()
     (left, top, right, bottom), (height, width) = box, photo.shape[:2]
-    edit = Image.fromarray(_bytes(changes.edit))
+    edit = Image.fromarray(to_bytes(changes.edit[0]))
     enlarged = np.asarray(edit.resize((right - left, bottom - top), Image.Resampling.LANCZOS))
     columns = np.arange(width)
     seen = (columns - left).clip(0, right - left - 1)
-    planes = torch.cat([changes.replaced, changes.matrix.flatten(1, 2), changes.offset], 1)
-    planes = _lines(planes, -1, columns, left, right)
+    planes = _lines(_planes(changes), -1, columns, left, right)
     out, step = np.empty_like(photo), max(1, _STRIP // width)
     for first in range(0, height, step):
         rows = np.arange(first, min(height, first + step))
-        replaced, matrix, offset = _lines(planes, -2, rows, top, bottom).split([1, 9, 3], 1)
         other = enlarged[(rows - top).clip(0, bottom - top - 1)][:, seen]
-        strip = Changes(changes.kind, replaced, matrix.unflatten(1, (3, 3)), offset, _pixels(other))
-        out[rows] = _bytes(apply_changes(_pixels(photo[rows]), strip))
+        mixed = _mixed(_pixels(photo[rows]), _pixels(other), _lines(planes, -2, rows, top, bottom))
+        out[rows] = to_bytes(mixed[0])
     return out
 
 
 def apply_changes(photo: Tensor, changes: Changes) -> Tensor:
     """Returns a photo of the edit's size with its changes, (1, 3, h, w)."""
-    if changes.kind == "restyled":
-        return changes.edit
-    planes = torch.cat([changes.replaced, changes.matrix.flatten(1, 2), changes.offset], 1)
+    planes = _planes(changes)
     if planes.shape[-2:] != photo.shape[-2:]:
         planes = F.interpolate(planes, photo.shape[-2:], mode="bilinear", align_corners=False)
+    return _mixed(photo, changes.edit, planes)
+
+
+def _planes(changes: Changes) -> Tensor:
+    """Returns where the edit is shown, and the map of colors elsewhere, as one image (1, 13, h, w)."""
+    replaced = torch.ones_like(changes.replaced) if changes.kind == "restyled" else changes.replaced
+    return torch.cat([replaced, changes.matrix.flatten(1, 2), changes.offset], 1)
+
+
+def _mixed(photo: Tensor, edit: Tensor, planes: Tensor) -> Tensor:
+    """Returns a photo with an edit's changes, all of one size."""
     replaced, matrix, offset = planes.split([1, 9, 3], 1)
     relit = apply_map(matrix.unflatten(1, (3, 3)), offset, photo).clamp(0, 1)
-    return torch.lerp(relit, changes.edit, replaced)
+    return torch.lerp(relit, edit, replaced)
+
+
+def _reduced(image: Tensor) -> Tensor:
+    """Returns an image whose sides are divided by a whole number so that none is above `_LARGEST` pixels."""
+    step = -(-max(image.shape[-2:]) // _LARGEST)
+    return F.interpolate(image, [max(1, side // step) for side in image.shape[-2:]], mode="area")
 
 
 def _lines(planes: Tensor, axis: int, pixels: NDArray[np.int64], start: int, end: int) -> Tensor:
@@ -165,12 +175,6 @@ def _filled(regions: Tensor) -> Tensor:
     while not torch.equal(more := torch.minimum(F.max_pool2d(outside, 3, 1, 1), rest), outside):
         outside = more
     return 1 - outside
-
-
-def _bytes(pixels: Tensor) -> NDArray[np.uint8]:
-    """(1, 3, h, w) in [0, 1] -> (h, w, 3) uint8."""
-    values: NDArray[np.uint8] = (pixels[0].permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy()
-    return values
 
 
 def _pixels(values: NDArray[np.uint8]) -> Tensor:
