@@ -242,7 +242,8 @@ class Editor:
         prompt, negative_prompt, seed = (settings[name] for name in ("prompt", "negative_prompt", "seed"))
         trained = not prompt  # only reconstructions have none
         run = self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained, mask=mask)
-        return next(run)[0]
+        ((edit,),) = run
+        return edit
 
     @_one_at_a_time
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What an edit starts from: its settings, and the photo at the base's size, from a file or from the adapter."""
+"""What an edit starts from: its settings, and the photo with its mask, from files or from the adapter."""
 
 from __future__ import annotations
 

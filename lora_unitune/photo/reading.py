@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 _ORIENTATION = 0x0112  # EXIF tag
 EXIF, GPS = 0x8769, 0x8825
 """EXIF tags of the blocks within the block: of the camera, and of the position."""
+_KEPT = {
+    *(0x010E, 0x010F, 0x0110),  # description, make, model
+    *(0x011A, 0x011B, 0x0128),  # resolution and its unit
+    *(0x0131, 0x0132, 0x013B, 0x013C),  # software, date, artist, computer
+    *(0x4746, 0x4749, 0x8298),  # ratings, copyright
+    *range(0x9C9B, 0x9CA0),  # title, comment, author, keywords and subject of Windows
+}
+"""EXIF tags that describe a photo; the others of its first block say how its own file holds the pixels."""
+_SIDES = (0xA002, 0xA003)  # width and height, before the photo was turned
 
 
 @dataclass(frozen=True)
@@ -92,15 +101,14 @@ def exif_of(block: bytes) -> Image.Exif:
 
 
 def _kept_exif(image: Image.Image, notes: list[str]) -> bytes:
-    """Returns an image's EXIF block without its thumbnail, as that of an upright image; empty for none."""
+    """Returns what an image's EXIF block says of the photo, as that of an upright image; empty for nothing."""
     kept = Image.Exif()
     try:
         exif = image.getexif()
-        for tag, value in exif.items():
-            if tag not in (_ORIENTATION, EXIF, GPS):
-                kept[tag] = value
+        kept.update({tag: value for tag, value in exif.items() if tag in _KEPT})
         for block in (EXIF, GPS):
-            kept.get_ifd(block).update(exif.get_ifd(block))
+            entries = {tag: value for tag, value in exif.get_ifd(block).items() if tag not in _SIDES}
+            kept.get_ifd(block).update(entries)
         return kept.tobytes() if kept or any(kept.get_ifd(block) for block in (EXIF, GPS)) else b""
     except DECODING_ERRORS:
         notes.append("its EXIF block is damaged, and dropped")

@@ -65,6 +65,8 @@ def save_edit(
     source = "trainedAlgorithmicMedia" if photo is None else "compositeWithTrainedAlgorithmicMedia"
     packet = _PACKET.format(source=_SOURCES + source).encode()
     options: dict[str, Any] = {"format": kind}
+    image = image.copy()
+    image.info.clear()  # Pillow would write what the photo's file had there
     if photo is not None and photo.profile:
         image, options["icc_profile"] = _in_profile(image, photo.profile)
     if kind == "PNG":

@@ -25,6 +25,13 @@ def test_a_sample_that_isnt_finite_is_refused(
         editor.edit(replace(adapter, tensors=huge), "a fox", steps=2, **settings)
 
 
+def test_repeating_an_edit_that_isnt_finite_is_refused_too(editor: Editor, adapter: Adapter) -> None:
+    settings = editor.edit(adapter, "a fox", steps=2).settings
+    huge = replace(adapter, tensors={k: torch.full_like(t, 1e25) for k, t in adapter.tensors.items()})
+    with pytest.raises(SettingError, match="image of seed 0 isn't finite"):
+        editor.repeat(huge, settings | {"adapter": huge.digest})
+
+
 @pytest.fixture
 def second_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the second image of every batch not finite."""

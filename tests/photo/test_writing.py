@@ -56,6 +56,31 @@ def test_each_type_keeps_the_photos_entries_and_has_the_settings(tmp_path: Path,
 
 
 @pytest.mark.parametrize("ending", PICTURES)
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK", "I;16"])
+def test_what_a_tiff_says_of_its_own_pixels_is_not_kept(tmp_path: Path, ending: str, mode: str) -> None:
+    """Its strips, depth and compression aren't those of the edit; who made it is."""
+    exif = Image.Exif()
+    exif[MAKE] = "Scanner"
+    compression = "group4" if mode == "1" else "tiff_lzw"
+    gray = (
+        picture().convert("L").point(lambda value: value * 256, "I").convert("I;16")
+        if mode == "I;16"
+        else None
+    )
+    (gray or picture().convert(mode)).save(tmp_path / "photo.tif", compression=compression, exif=exif)
+    photo = load_photo(tmp_path / "photo.tif")
+    save_edit(photo.image, tmp_path / f"out{ending}", SETTINGS, photo)
+    assert read_settings(tmp_path / f"out{ending}") == SETTINGS
+    again = load_photo(tmp_path / f"out{ending}")
+    assert again.image.size == photo.image.size and again.profile is None
+    assert ending not in EXACT or np.array_equal(np.asarray(again.image), np.asarray(photo.image))
+    with Image.open(tmp_path / f"out{ending}") as saved:
+        entries = saved.getexif()
+        assert entries[MAKE] == "Scanner" and saved.mode == "RGB"
+        assert ending.startswith(".tif") or not {258, 259, 262, 273, 279, 320, 338} & set(entries)
+
+
+@pytest.mark.parametrize("ending", PICTURES)
 @pytest.mark.parametrize("of_photo", [True, False])
 def test_each_type_says_that_it_is_edited(tmp_path: Path, ending: str, of_photo: bool) -> None:
     photo = load_photo(picture()) if of_photo else None
