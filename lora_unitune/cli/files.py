@@ -48,7 +48,7 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
       lora-unitune inspect photo.safetensors --json
       lora-unitune inspect out.jpg
     """
-    from lora_unitune import describe, read_settings
+    from lora_unitune import describe
     from lora_unitune.adapter.tools import check_tool, readers
     from lora_unitune.recipe import toml
 
@@ -56,15 +56,12 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
         from lora_unitune.adapter.header import open_source
 
         check_tool(tool, open_source(adapter))
-    is_picture = Path(adapter).suffix.lower() in PICTURES and Path(adapter).is_file()
-    summary = read_settings(adapter) if is_picture else describe(adapter)
+    if Path(adapter).suffix.lower() in PICTURES and Path(adapter).is_file():
+        _show_settings(adapter, as_json)
+        return
+    summary = describe(adapter)
     if as_json:
         click.echo(json.dumps(summary))
-        return
-    if is_picture:
-        for name, value in summary.items():
-            text = f"{value:g}" if isinstance(value, float) else shown(value) or "none"
-            click.echo(f"{name.replace('_', ' '):<18}{text}")
         return
     recipe = summary.pop("recipe")
     summary["read_by"] = readers(summary)
@@ -81,6 +78,19 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
     click.echo("recipe" if recipe else "recipe          unknown")
     for line in toml(recipe).splitlines() if recipe else ():
         click.echo(f"  {line}".rstrip())
+
+
+def _show_settings(picture: str, as_json: bool) -> None:
+    """Prints the settings that a picture was made with."""
+    from lora_unitune import read_settings
+
+    settings = read_settings(picture)
+    if as_json:
+        click.echo(json.dumps(settings))
+        return
+    for name, value in settings.items():
+        text = f"{value:g}" if isinstance(value, float) else shown(value) or "none"
+        click.echo(f"{name.replace('_', ' '):<18}{text}")
 
 
 @command("convert")
