@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_unitune.adapter import hub, kohya
+from lora_unitune.adapter import dora, hub, kohya
 from lora_unitune.adapter.checks import is_line, shown
 from lora_unitune.adapter.compose import as_convolutions, plain
 from lora_unitune.adapter.foreign import stated_base
@@ -66,6 +66,7 @@ class Adapter:
         family: Name of the base's family, a key of `FAMILIES`.
         photo_digest: 32 hexadecimal digits of the photo's upright sRGB pixels, or "".
         prediction: What the base predicts, as diffusers names it, or "".
+        magnitudes: Magnitudes of a DoRA of another tool, float32 (out, 1, ...) or (1, in, ...) by "<part>.<module>".
         entries: Header entries of another tool's file, such as its author, which a conversion keeps.
         notes: Notes for the user on what was read, one sentence each; not stored in the file.
         history: Loss of each step of the fit; not stored in the file.
@@ -84,6 +85,7 @@ class Adapter:
     family: str = next(iter(FAMILIES))
     photo_digest: str = ""
     prediction: str = ""
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     entries: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     history: tuple[float, ...] = ()
@@ -126,7 +128,7 @@ class Adapter:
             SettingError: The adapter is of method "full", which kohya's layout doesn't support, or `dtype` is
                 int8 and the layout or the method doesn't support it.
         """
-        if dtype == torch.int8 and (layout != "diffusers" or self.recipe.fit.method != "lora"):
+        if dtype == torch.int8 and (layout != "diffusers" or not self.is_low_rank):
             raise SettingError("8 bits are for adapters of method 'lora', in this package's own files")
         check_ending(path, ".safetensors")
         tensors = self._file_tensors(torch.float16 if dtype == torch.int8 else dtype)
@@ -143,6 +145,11 @@ class Adapter:
             metadata |= entries
         elif self.recipe.fit.method == "lora" and dtype != torch.int8:
             metadata["lora_adapter_metadata"] = json.dumps(_diffusers_metadata(self), sort_keys=True)
+            tensors |= {
+                key: tensor.to(dtype).contiguous()
+                for part in self.parts
+                for key, tensor in dora.for_peft(self.tensors, self.magnitudes, part).items()
+            }
             tensors = {self.kind.names.in_file(key): tensor for key, tensor in tensors.items()}
         if self.fingerprint:
             metadata |= {METADATA_KEY: self.header(), **_modelspec(self, tensors)}
@@ -190,7 +197,8 @@ class Adapter:
     def digest(self) -> str:
         """16 hexadecimal digits of a SHA-256 of the tensors as float16; the same for a saved copy."""
         digest = hashlib.sha256()
-        for key, tensor in sorted(self._file_tensors(torch.float16).items()):
+        magnitudes = {f"{layer}.{dora.KOHYA}": each.half() for layer, each in self.magnitudes.items()}
+        for key, tensor in sorted({**self._file_tensors(torch.float16), **magnitudes}.items()):
             digest.update(key.encode())
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -199,6 +207,11 @@ class Adapter:
     def kind(self) -> Family:
         """The family of its base."""
         return FAMILIES[self.family]
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is the base's weights plus B A: neither of method "full" nor a DoRA, which replace them."""
+        return self.recipe.fit.method == "lora" and not self.magnitudes
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -244,7 +257,7 @@ class Adapter:
         lora = self.recipe.lora
         padded, lower = kohya.zero_padded(tensors, {part: settings.rank for part, settings in lora.items()})
         scales = {part: settings.scale for part, settings in lora.items()}
-        renamed = kohya.to_kohya(padded, scales, self.kind)
+        renamed = kohya.to_kohya(padded, scales, self.kind, self.magnitudes)
         settings = next(each for each in (lora[self.kind.denoiser], *lora.values()) if each.rank)
         entries = kohya.header(
             renamed, settings.rank, settings.alpha or settings.rank, (self._known_base or [""])[0]
@@ -304,7 +317,8 @@ def read(source: Source, trigger: str | None = None) -> Adapter:
         raise SettingError(f"trigger = {trigger[:80]!r} isn't allowed; give one line of words")
     content = read_content(source)
     stored = source.tensors(content.keys.values())
-    tensors = {key: stored[name].float() for key, name in content.keys.items()}
+    apart = {key for key, _ in content.magnitudes.values()}
+    tensors = {key: stored[name].float() for key, name in content.keys.items() if key not in apart}
     photo_latents = tensors.pop(PHOTO_KEY, _photo_of(content))
     photo = {} if photo_latents is None else {PHOTO_KEY: photo_latents}
     _check_finite(source.name, {**tensors, **photo})
@@ -314,10 +328,14 @@ def read(source: Source, trigger: str | None = None) -> Adapter:
     for layer, rank in content.ranks.items():
         tensors[f"{layer}.lora_A.weight"] = tensors[f"{layer}.lora_A.weight"][:rank].contiguous()
         tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"][:, :rank].contiguous()
+    magnitudes = {
+        layer: stored[content.keys[key]].float().reshape(shape).contiguous()
+        for layer, (key, shape) in content.magnitudes.items()
+    }
     family = FAMILIES[content.values["family"]]
     tensors = as_convolutions(tensors, family, stated_base(source.metadata))
     values = content.values | ({} if words is None else {"rare_tokens": words})
-    return Adapter(tensors=tensors, photo_latents=photo_latents, **values)
+    return Adapter(tensors=tensors, photo_latents=photo_latents, magnitudes=magnitudes, **values)
 
 
 def _photo_of(content: Content) -> Tensor | None:
@@ -365,6 +383,8 @@ def _diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
             metadata[f"{part}.{key}"] = sorted(value) if isinstance(value, (set, tuple)) else value
         lower = patterns(adapter.tensors, settings, part)
         metadata |= {f"{part}.{key}": value for key, value in lower.items()}
+        if any(layer.startswith(f"{part}.") for layer in adapter.magnitudes):
+            metadata[f"{part}.use_dora"] = True
     return metadata
 
 

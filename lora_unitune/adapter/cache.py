@@ -57,4 +57,5 @@ class AdapterCache:
 
 def _bytes(adapter: Adapter) -> int:
     photo = [] if adapter.photo_latents is None else [adapter.photo_latents]
-    return sum(tensor.nbytes for tensor in [*adapter.tensors.values(), *photo])
+    tensors = [*adapter.tensors.values(), *adapter.magnitudes.values(), *photo]
+    return sum(tensor.nbytes for tensor in tensors)

@@ -77,11 +77,13 @@ def take_apart(adapter: Adapter, base: Base | None = None) -> list[Layer]:
         base: The base that it was made for; restored afterwards.
 
     Raises:
-        SettingError: The method is "full".
+        SettingError: The method is "full", or the adapter is a DoRA.
         AdapterFileError: The adapter's tensors don't match the base.
     """
-    if adapter.recipe.fit.method != "lora":
-        raise SettingError("only adapters of method 'lora' can be compressed; fit the photo with 'lora'")
+    if not adapter.is_low_rank:
+        raise SettingError(
+            "only adapters of method 'lora' that aren't a DoRA can be compressed; fit the photo with 'lora'"
+        )
     layers = _by_singular_values(adapter)
     if base is None:
         return layers

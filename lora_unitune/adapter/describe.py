@@ -73,8 +73,10 @@ def describe(place: str | Path) -> dict[str, Any]:
         "targets": targets if is_ours else {part: _endings(names) for part, names in targets.items()},
         "steps": recipe.fit.steps if is_ours and values["seconds"] else values.get("steps"),
         "photo_embedded": embedded,
-        "tensors": len(weights),
-        "parameters": sum(math.prod(shape) for shape in weights.values()),
+        "tensors": len(weights) + len(content.magnitudes),
+        "parameters": sum(
+            math.prod(shape) for shape in (*weights.values(), *dict(content.magnitudes.values()).values())
+        ),
         "bytes": content.source.bytes,
         "read_by": [tool for tool in TOOLS if not problems(tool, content.source)],
         "entries": _entries(content.source.metadata) if not is_ours else {},

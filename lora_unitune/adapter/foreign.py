@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -94,6 +94,7 @@ def lora_of(
     alphas: Mapping[str, float],
     family: Family,
     originals: Mapping[str, int] = MappingProxyType({}),
+    with_magnitudes: Collection[str] = (),
 ) -> tuple[dict[str, LoraSettings], dict[str, float]]:
     """Returns the settings of each part by the tensors alone, and each layer's factor.
 
@@ -106,6 +107,7 @@ def lora_of(
         alphas: Values of its alpha tensors, by layer.
         family: The base's family.
         originals: Ranks that alphas in the header refer to, by layer, where they differ from the tensors'.
+        with_magnitudes: The layers that have a DoRA's magnitudes.
 
     Raises:
         AdapterFileError: The tensors aren't those of a LoRA adapter.
@@ -115,7 +117,10 @@ def lora_of(
         part: {module: originals.get(f"{part}.{module}", rank) for module, rank in each.items()}
         for part, each in ranks.items()
     }
-    scales_of = {**_scales_in_metadata(name, metadata, in_header, family), **_scales(ranks, alphas)}
+    scales_of = {
+        **_scales_in_metadata(name, metadata, in_header, family, with_magnitudes),
+        **_scales(ranks, alphas),
+    }
     lora: dict[str, LoraSettings] = {}
     factors: dict[str, float] = {}
     for part, by_module in ranks.items():
@@ -172,7 +177,11 @@ def _scales(ranks: Mapping[str, Mapping[str, int]], alphas: Mapping[str, float])
 
 
 def _scales_in_metadata(
-    name: str, metadata: Mapping[str, str], ranks: Mapping[str, Mapping[str, int]], family: Family
+    name: str,
+    metadata: Mapping[str, str],
+    ranks: Mapping[str, Mapping[str, int]],
+    family: Family,
+    with_magnitudes: Collection[str],
 ) -> dict[str, float]:
     """Returns alpha / rank of each layer from diffusers' header entry."""
     if "lora_adapter_metadata" not in metadata:
@@ -181,9 +190,10 @@ def _scales_in_metadata(
         config = json.loads(metadata["lora_adapter_metadata"])
         scales = {}
         for part, by_module in ranks.items():
-            if config.get(f"{part}.use_dora"):
+            bare = [module for module in by_module if f"{part}.{module}" not in with_magnitudes]
+            if bare and config.get(f"{part}.use_dora"):
                 raise AdapterFileError(
-                    f"{name} is a DoRA by its header, and only LoRA is supported; give a LoRA"
+                    f"{name} is a DoRA by its header, and {shown(f'{part}.{bare[0]}')} has no magnitudes; {AGAIN}"
                 )
             common = config.get(f"{part}.lora_alpha")
             patterns = config.get(f"{part}.alpha_pattern") or {}

@@ -24,6 +24,7 @@ from lora_unitune.adapter.checks import (
     shown,
 )
 from lora_unitune.adapter.compose import plain_shapes
+from lora_unitune.adapter.dora import NOTE, split_magnitudes
 from lora_unitune.adapter.foreign import family_of, foreign_values, lora_of, remade, stated_base
 from lora_unitune.adapter.int8 import INT8_SUFFIX, SCALES_KEY, rank_axis
 from lora_unitune.adapter.peft import CONFIG, WEIGHTS, read_folder
@@ -59,6 +60,7 @@ class Content:
         photo: Shape, dtype and bytes of the photo's latents, if they are stored in the header.
         ranks: Original rank of each layer that is stored zero-padded to its part's rank.
         eight_bit: Whether the matrices are int8 with scales.
+        magnitudes: Key in this package and shape of the magnitudes of a DoRA, by layer; `shapes` has them not.
     """
 
     source: Source
@@ -70,6 +72,7 @@ class Content:
     photo: tuple[tuple[int, ...], str, bytes] | None
     ranks: dict[str, int]
     eight_bit: bool
+    magnitudes: dict[str, tuple[str, tuple[int, ...]]]
 
 
 def locate(place: str | Path) -> Path:
@@ -140,6 +143,11 @@ def read_content(source: Source) -> Content:
     shapes, layer_ranks = plain_shapes(
         name, {ours: stored[key] for ours, key in keys.items() if key not in alphas}
     )
+    shapes, magnitudes = split_magnitudes(name, shapes)
+    if values and magnitudes:
+        raise AdapterFileError(
+            f"{name}: tensor {shown(next(iter(magnitudes.values()))[0])} doesn't belong in it; {AGAIN}"
+        )
     photo_shape = shapes.get(PHOTO_KEY, (1, 1, 1, 1))
     if len(photo_shape) != 4 or photo_shape[0] != 1 or 0 in photo_shape:
         raise AdapterFileError(
@@ -151,7 +159,8 @@ def read_content(source: Source) -> Content:
         numbers[layer] *= weights[f"{layer}.lora_A.weight"][0] / layer_ranks[layer]
     version, factors, ranks = None, dict[str, float](), dict[str, int]()
     if values is None:
-        lora, factors = lora_of(name, weights, metadata, numbers, family, layer_ranks)
+        lora, factors = lora_of(name, weights, metadata, numbers, family, layer_ranks, magnitudes)
+        notes += (NOTE,) if magnitudes else ()
         values = foreign_values(metadata, family, lora)
     else:
         version, recipe = values.pop("format_version"), values["recipe"]
@@ -176,6 +185,7 @@ def read_content(source: Source) -> Content:
         photo=_photo_in(name, metadata),
         ranks=ranks,
         eight_bit=eight_bit,
+        magnitudes=magnitudes,
     )
 
 

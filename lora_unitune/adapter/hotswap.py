@@ -7,13 +7,14 @@ An adapter of lower rank is zero-padded, which changes outputs by rounding at mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.dora import new_weight
 from lora_unitune.errors import AdapterFileError, RecipeError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.settings import LoraSettings
@@ -55,7 +56,8 @@ class Mount:
             self._use_full(adapter, scale)
         else:
             by_part = scale if isinstance(scale, Mapping) else dict.fromkeys(adapter.recipe.lora, scale)
-            self._use_lora(adapter, {part: by_part.get(part, 1.0) for part in adapter.recipe.lora})
+            use = self._use_lora if adapter.is_low_rank else self._use_dora
+            use(adapter, {part: by_part.get(part, 1.0) for part in adapter.recipe.lora})
 
     @contextlib.contextmanager
     def plain(self) -> Iterator[None]:
@@ -93,24 +95,56 @@ class Mount:
         layers.set_scale(self.base, {part: scale[part] * settings.scale for part, settings in lora.items()})
         self._loaded, self._scale = adapter, scale
 
+    def _use_dora(self, adapter: Adapter, scale: dict[str, float]) -> None:
+        """Replaces the weights of a DoRA's layers; a scale below 1 interpolates them, as ComfyUI does."""
+
+        def new(key: str, original: Tensor) -> Tensor:
+            layer = key.removesuffix(".weight")
+            a, b = (adapter.tensors[f"{layer}.lora_{side}.weight"].to(original) for side in "AB")
+            magnitude = adapter.magnitudes.get(layer)
+            magnitude = None if magnitude is None else magnitude.to(original)
+            return new_weight(original, a, b, adapter.scale_of(layer.partition(".")[0]), magnitude)
+
+        if adapter is not self._loaded or scale != self._scale:
+            self.release()
+            names = [key.replace(".lora_A.", ".") for key in adapter.tensors if ".lora_A." in key]
+            self._replace(names, new, adapter, scale)
+
     def _use_full(self, adapter: Adapter, scale: float) -> None:
         if adapter is self._loaded and scale == self._scale:
             return
         self.release()
-        weights = self._weights()
         trained = {key.partition(".")[0] for key in adapter.tensors}
-        expected = {key: weight.shape for key, weight in weights.items() if key.partition(".")[0] in trained}
+        expected = {
+            key: each.shape for key, each in self._weights().items() if key.partition(".")[0] in trained
+        }
         shapes = {key: tensor.shape for key, tensor in adapter.tensors.items()}
         if expected != shapes:
             wrong = sorted(key for key in {**expected, **shapes} if expected.get(key) != shapes.get(key))
             raise AdapterFileError(
                 f"the adapter's tensor {wrong[0]!r} is missing, surplus or of the wrong shape; fit the photo again"
             )
-        self._originals = {key: weights[key].detach().to("cpu", copy=True) for key in shapes}
+        self._replace(list(shapes), lambda key, _: adapter.tensors[key], adapter, scale)
+
+    def _replace(
+        self, keys: list[str], new: Callable[[str, Tensor], Tensor], adapter: Adapter, scale: Scale
+    ) -> None:
+        """Replaces weights of the base: at scale 1 by the new ones, below by an interpolation.
+
+        Args:
+            keys: Names of the weights.
+            new: Returns the new weight by its name and the base's own.
+            adapter: The adapter that they are of.
+            scale: Scale of the adapter.
+        """
+        weights = self._weights()
+        self._originals = {key: weights[key].detach().to("cpu", copy=True) for key in keys}
         with torch.no_grad():
-            for key, tensor in adapter.tensors.items():
-                original = self._originals[key]
-                weights[key].copy_(tensor if scale == 1 else original.float().lerp(tensor, scale))
+            for key in keys:
+                original = weights[key].float()
+                each = scale[key.partition(".")[0]] if isinstance(scale, Mapping) else scale
+                tensor = new(key, original).to(original)
+                weights[key].copy_(tensor if each == 1 else original.lerp(tensor, each))
         self._loaded, self._scale = adapter, scale
 
     def _weights(self) -> dict[str, nn.Parameter]:

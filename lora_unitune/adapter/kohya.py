@@ -53,13 +53,19 @@ def zero_padded(
     return padded, lower
 
 
-def to_kohya(tensors: Mapping[str, Tensor], scales: Mapping[str, float], family: Family) -> dict[str, Tensor]:
+def to_kohya(
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, float],
+    family: Family,
+    magnitudes: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """Renames an adapter's tensors, and adds each layer's alpha.
 
     Args:
         tensors: Matrices by "<part>.<module>.lora_A.weight" and "...lora_B.weight".
         scales: alpha / rank, by part.
         family: The base's family.
+        magnitudes: Magnitudes of a DoRA, by "<part>.<module>".
 
     Raises:
         SettingError: A layer has no name in this layout.
@@ -76,6 +82,8 @@ def to_kohya(tensors: Mapping[str, Tensor], scales: Mapping[str, float], family:
         renamed[f"{name}.{SIDES[side]}.weight"] = tensor
         if side == "lora_A":
             renamed[f"{name}.alpha"] = torch.tensor(scales[layer.partition(".")[0]] * tensor.shape[0])
+            if layer in magnitudes:
+                renamed[f"{name}.dora_scale"] = magnitudes[layer].to(tensor.dtype)
     return dict(sorted(renamed.items()))
 
 

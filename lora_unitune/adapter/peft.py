@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from lora_unitune.adapter import dora
 from lora_unitune.adapter.source import Entry, Source, read_file
 from lora_unitune.errors import AdapterFileError, OutputError, SettingError, one_line
 from lora_unitune.families import FAMILIES
@@ -125,6 +126,11 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
             for key, tensor in adapter.tensors.items()
             if key.startswith(f"{part}.")
         }
+        magnitudes = dora.for_peft(adapter.tensors, adapter.magnitudes, part)
+        tensors |= {
+            f"{_PREFIX}{key.removeprefix(f'{part}.')}": tensor.to(dtype).contiguous()
+            for key, tensor in magnitudes.items()
+        }
         if tensors:
             (folder / part).mkdir(parents=True)
             save_file(tensors, folder / part / WEIGHTS, {"format": "pt"})
@@ -142,4 +148,5 @@ def _peft_config(adapter: Adapter, part: str) -> dict[str, Any]:
 
     settings = adapter.recipe.lora[part]
     config = lora_config(settings).to_dict() | patterns(adapter.tensors, settings, part)
+    config["use_dora"] = any(layer.startswith(f"{part}.") for layer in adapter.magnitudes)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -18,6 +18,9 @@ _MATRIX = re.compile(
 _SIDES = {"down": "A", "up": "B"}
 _ALPHA = re.compile(r"(?P<path>.+?)(_lora|\.lora|\.lora_linear_layer)?(\.(down|lora_down)\.weight)?\.alpha")
 _HADAMARD = re.compile(r"(?P<path>.+)\.(?P<what>hada_(w[12]_[ab]|t[12]))")
+_MAGNITUDE = re.compile(
+    r"(?P<path>.+)\.(?P<what>dora_scale|lora_magnitude_vector)(\.(?!weight$)[\w-]+)?(\.weight)?"
+)
 
 _OTHERS_OF_PEFT = (
     "p?vera|randlora|hra|hira|fourierft|shira|miss|bone|c3a|vblora|road|waveft|delora|gralora|ln_tuning|adamss|beft|deft|"
@@ -25,7 +28,6 @@ _OTHERS_OF_PEFT = (
 )
 
 _OTHERS = {
-    r".*(\.dora_scale|lora_magnitude_vector|\.magnitude$)": "a DoRA, which rescales the base's own weights",
     r".*\.lokr_": "a LoKr (Kronecker products)",
     r".*\.(oft_|boft_)": "an OFT (rotations of the base's weights)",
     r".*\.[ab][12]\.weight$": "a GLoRA",
@@ -62,7 +64,8 @@ def split(key: str) -> tuple[str, str] | None:
 
     Returns:
         The path; and "lora_A.weight", "lora_B.weight", "lora_mid.weight", "alpha", or one of a LoHa's matrices,
-        such as "hada_w1_a". None for a key of none of these.
+        such as "hada_w1_a", or one of a DoRA's magnitudes, "dora_scale" and "lora_magnitude_vector". None for a key
+        of none of these.
     """
     for wrapper in _WRAPPERS:
         key = key.removeprefix(wrapper)
@@ -71,7 +74,7 @@ def split(key: str) -> tuple[str, str] | None:
         return match["path"], f"lora_{_SIDES.get(side, side)}.weight"
     if match := _ALPHA.fullmatch(key):
         return match["path"], "alpha"
-    if match := _HADAMARD.fullmatch(key):
+    if match := _HADAMARD.fullmatch(key) or _MAGNITUDE.fullmatch(key):
         return match["path"], match["what"]
     return None
 
@@ -108,7 +111,7 @@ def check_is_lora(name: str, keys: list[str]) -> None:
     for pattern, title in _OTHERS.items():
         if any(re.match(pattern, key) for key in keys):
             raise AdapterFileError(
-                f"{name} is {title}, and only LoRA is supported; give a LoRA (or LoCon, LoHa) file"
+                f"{name} is {title}, and only LoRA is supported; give a LoRA (or LoCon, LoHa, DoRA) file"
             )
     for pattern, title in _OTHER_BASES.items():
         if any(re.match(pattern, key) for key in keys):

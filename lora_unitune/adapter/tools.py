@@ -30,6 +30,9 @@ def problems(tool: str, source: Source) -> str:
     unknown = [key for key in keys if not KNOWN_KEYS[tool].fullmatch(key)]
     if unknown:
         return f"{len(unknown)} of its {len(keys)} tensors have names that it doesn't know"
+    of_outputs = [key for key, shape in source.shapes.items() if key.endswith(".dora_scale") and shape[0] > 1]
+    if of_outputs:  # ComfyUI divides by the norms of the base's own weights, A1111 by those of inputs
+        return "it applies the magnitudes of a DoRA's outputs in another way"
     stores_alphas = any(key.endswith(".alpha") for key in keys)
     if tool != "diffusers" and not stores_alphas and not _alphas_are_ranks(source):
         return "it doesn't read the header's alphas, which differ from the ranks"

@@ -128,8 +128,8 @@ def chosen_settings(
         SettingError: A setting is unknown, out of its range, or impossible with the base or the adapter.
     """
     defaults = adapter.recipe.edit if adapter else EditSettings(strength=0.95 if has_photo else 1.0)
-    is_full = adapter is not None and adapter.recipe.fit.method == "full"
-    if is_full:  # the base's own weights aren't in memory
+    is_replaced = adapter is not None and not adapter.is_low_rank
+    if is_replaced:  # the base's own weights aren't in memory
         defaults = dataclasses.replace(defaults, unconditional="adapter")
     changes = {name: value for name, value in chosen.items() if value is not None}
     try:
@@ -141,8 +141,8 @@ def chosen_settings(
         raise SettingError(f"edit.steps = {steps} isn't allowed; this base takes from 1 to {most}")
     if int(steps * settings.strength) < 1:
         raise SettingError(f"edit.strength = {settings.strength} leaves none of {steps} steps; raise one")
-    if is_full and settings.unconditional == "base":
+    if is_replaced and settings.unconditional == "base":
         raise SettingError(
-            "edit.unconditional = 'base' needs an adapter of method 'lora', not 'full'; use 'adapter'"
+            "edit.unconditional = 'base' needs an adapter of method 'lora', not 'full' nor a DoRA; use 'adapter'"
         )
     return settings

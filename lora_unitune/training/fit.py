@@ -234,8 +234,10 @@ def _continued(recipe: Recipe, start: Adapter | None) -> Recipe:
     """Returns the recipe of a fit that continues from an adapter, with its layers and rare tokens."""
     if start is None:
         return recipe
-    if "full" in (recipe.fit.method, start.recipe.fit.method):
-        raise SettingError("a fit can continue from an adapter of method 'lora' only, and with that method")
+    if recipe.fit.method == "full" or not start.is_low_rank:
+        raise SettingError(
+            "a fit can continue from an adapter of method 'lora' only, which isn't a DoRA, and with that method"
+        )
     tokens = recipe.prompt.rare_tokens or start.rare_tokens or ""
     before = {part: start.recipe.lora.get(part, LoraSettings(0)) for part in recipe.lora}
     lora = {

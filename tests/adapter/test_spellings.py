@@ -319,8 +319,6 @@ def test_a_loha_whose_rank_is_too_high_as_a_lora_is_refused_with_both_ranks(tmp_
 
 
 OTHERS: dict[str, tuple[str, str]] = {
-    "DoRA": (f"{KOHYA_LAYER}.dora_scale", "DoRA"),
-    "DoRA of peft": (f"{OURS}.lora_magnitude_vector", "DoRA"),
     "LoKr": (f"{KOHYA_LAYER}.lokr_w1", "LoKr"),
     "SimpleTuner's LoKr": (f"{KOHYA_LAYER.replace('lora_unet', 'lycoris')}.lokr_w2_a", "LoKr"),
     "OFT": (f"{KOHYA_LAYER}.oft_blocks", "OFT"),

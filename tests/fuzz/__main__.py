@@ -130,7 +130,10 @@ def foreign() -> list[bytes]:
         {f"{CONVOLUTION}.{end}": tensor for end, tensor in {**cores, **wide}.items()},
         {f"{CONVOLUTION}.{end}": tensor for end, tensor in locon.items()},
         {f"{ATTENTION}.{end}": tensor.to(half) for end, tensor in loha.items()},
-        {f"{ATTENTION}.{end}": ones(2, 2) for end in ("lora_down.weight", "lora_up.weight", "dora_scale")},
+        {
+            f"{ATTENTION}.{end}": ones(2, n)
+            for end, n in (("lora_down.weight", 2), ("lora_up.weight", 2), ("dora_scale", 1))
+        },
         {f"base_model.model.{CLIP}.{end}": tensor for end, tensor in pair.items()},
         {f"text_encoder.{CLIP}.{end}": tensor for end, tensor in pair.items()},
     ]
