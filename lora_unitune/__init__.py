@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_unitune.adapter.compress import compress as compress
     from lora_unitune.adapter.convert import convert as convert
     from lora_unitune.adapter.describe import describe as describe
+    from lora_unitune.adapter.stack import stacked as stacked
     from lora_unitune.editing.editor import Editor as Editor
     from lora_unitune.editing.record import Edit as Edit
     from lora_unitune.errors import AdapterFileError as AdapterFileError
@@ -57,6 +58,7 @@ _MODULE_OF = {
     "load_base": "families",
     "locate_base": "families.location",
     "read_settings": "photo.writing",
+    "stacked": "adapter.stack",
 }
 """Module that defines each public name."""
 

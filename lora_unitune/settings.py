@@ -193,6 +193,13 @@ class EditSettings(Section):
         "What guidance amplifies the prompt against: the empty prompt with the adapter or with the base alone, "
         "or the rare tokens alone (arXiv 2505.23145), so that only the edit's words are amplified.",
     )
+    clip_skip: int = _number(
+        1,
+        1,
+        24,
+        "Which layer of a CLIP text encoder prompts are embedded by, counted from its last as A1111 and kohya do; "
+        "the fit uses it too, so set it there: --set edit.clip_skip=2.",
+    )
     residual: bool = _value(
         False,
         "Add to the photo only what the prompt changes, at every strength (FlowEdit, arXiv 2412.08629).",

@@ -141,7 +141,7 @@ class TinyFlowBase:
         padded = (ids + [0] * LENGTH)[:LENGTH]
         return torch.tensor([padded]), bytes(ids[LENGTH:]).decode(errors="replace")
 
-    def condition(self, prompt: str) -> Condition:
+    def condition(self, prompt: str, clip_skip: int = 1) -> Condition:
         ids, _ = self.tokenize(prompt)
         return {"letters": self.parts["reader"](ids), "mask": (ids > 0).float()}
 

@@ -198,7 +198,7 @@ def _effects(base: Base, adapter: Adapter, layers: list[Layer]) -> list[Tensor]:
         for sample, timestep in zip(noised.split(1), timesteps.split(1), strict=True):
             if not downs:  # every layer's change is zero
                 break
-            prediction = base.predict(sample, timestep, base.condition(prompt))
+            prediction = base.predict(sample, timestep, base.condition(prompt, adapter.recipe.edit.clip_skip))
             signs = torch.randint(0, 2, prediction.shape, generator=generator).to(prediction) * 2 - 1
             slopes = torch.autograd.grad((prediction * signs).sum(), downs, allow_unused=True)
             for (effect, _), down, slope in zip(used, downs, slopes, strict=True):
@@ -241,7 +241,8 @@ def effect_lost(base: Base, before: Adapter, after: Adapter) -> float:
     mount, predictions = Mount(base), list[Tensor]()
     for adapter in (None, before, after):
         mount.use(adapter, 1.0)
-        predictions.append(base.predict(noised, timesteps, expanded(base.condition(prompt), _PROBES)))
+        condition = base.condition(prompt, before.recipe.edit.clip_skip)
+        predictions.append(base.predict(noised, timesteps, expanded(condition, _PROBES)))
     mount.release()
     plain, whole, cut = predictions
     return float(

@@ -21,6 +21,7 @@ from lora_unitune.cli.options import (
     FILE,
     FOLDER,
     TEXT,
+    Share,
     adapter_argument,
     base_option,
     device_option,
@@ -204,6 +205,23 @@ def fit_command(
     metavar="WORDS",
     help='Trigger words of the adapter, if ADAPTER doesn\'t store them; "" if it needs none.',
 )
+@click.option(
+    "--lora",
+    "loras",
+    metavar="FILE",
+    type=FILE,
+    multiple=True,
+    help="Another LoRA for the same base, such as one of a style, added to ADAPTER; its trigger words belong in "
+    "PROMPT. May be repeated.",
+)
+@click.option(
+    "--lora-scale",
+    type=Share(0, 4),
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="Scale of each --lora.",
+)
 @base_option
 @device_option
 @overwrite_option
@@ -219,6 +237,8 @@ def edit_command(
     mask: str | None,
     keep_gps: bool,
     trigger: str | None,
+    loras: tuple[str, ...],
+    lora_scale: float,
     base: str | None,
     device: str,
     overwrite: bool,
@@ -250,9 +270,11 @@ def edit_command(
     try:
         with progress() as display:
             display.show("loading the base", 0, 1)
-            from lora_unitune import Adapter
+            from lora_unitune import Adapter, stacked
 
             opened = Adapter.load(adapter, trigger)
+            for each in loras:
+                opened = stacked(opened, Adapter.load(each, ""), lora_scale)
             files = located(_base_for(opened, base))
             load_libraries()
             from lora_unitune import Editor

@@ -316,17 +316,18 @@ class Editor:
         size, photo, scale = start.size, start.photo, settings.adapter_scale
         doubted = self._doubt(photo, size) if settings.details and photo is not None else None
         self._mount.use(adapter, adapter.trained_scale(scale) if adapter and trained else scale)
-        once: dict[str, Condition] = {text: self.base.condition(text) for text in dict.fromkeys(texts)}
+        condition = functools.partial(self.base.condition, clip_skip=settings.clip_skip)
+        once: dict[str, Condition] = {text: condition(text) for text in dict.fromkeys(texts)}
         conditional = joined(*(once[text] for text in texts))
         words = (adapter.rare_tokens if adapter else None) or ""
         needs_rare = settings.residual or settings.unconditional == "rare"
-        rare = self.base.condition(words) if needs_rare else None
+        rare = condition(words) if needs_rare else None
         if settings.unconditional == "rare" and rare is not None:
             empty = rare
         else:
             is_base = settings.unconditional == "base"
             with layers.adapters_disabled(self.base) if is_base else contextlib.nullcontext():
-                empty = self.base.condition(negative_prompt)
+                empty = condition(negative_prompt)
         source = rare if settings.residual else None
         x0 = sample_edit(self.base, size, conditional, source, empty, photo, seeds, settings)
         images = self.base.decode(x0)

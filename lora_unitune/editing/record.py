@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_unitune.photo.composition import Changes
     from lora_unitune.photo.reading import Photo
 
-_BEFORE = {"residual": False, "details": False, "least_change": 0.0, "size": "base"}
+_BEFORE = {"clip_skip": 1, "residual": False, "details": False, "least_change": 0.0, "size": "base"}
 """Values of these settings in edits older than them."""
 
 

@@ -258,8 +258,16 @@ class Base(Protocol):
         """Returns the padded token ids (1, L) int64 of a text, and the text that was truncated."""
         ...
 
-    def condition(self, prompt: str) -> Condition:
-        """Returns a prompt's condition, with a batch of 1; differentiable with respect to the parts."""
+    def condition(self, prompt: str, clip_skip: int = 1) -> Condition:
+        """Returns a prompt's condition, with a batch of 1; differentiable with respect to the parts.
+
+        Args:
+            prompt: The complete prompt.
+            clip_skip: Which layer embeds it, counted from the family's own, 1.
+
+        Raises:
+            SettingError: The base has no such layer.
+        """
         ...
 
     def vocabulary(self) -> Vocabulary:

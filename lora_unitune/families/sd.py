@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditi
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lora_unitune.errors import RecipeError
+from lora_unitune.errors import RecipeError, SettingError
 from lora_unitune.families import FAMILIES, BaseFiles, Condition, Size
 from lora_unitune.families.configuration import (
     check_configuration,
@@ -160,9 +161,27 @@ class StableDiffusionBase:
         cut = self.tokenizer.decode(full[length - 1 : -1]).strip() if len(full) > length else ""
         return padded_ids(self.tokenizer, text).to(self.device), cut
 
-    def condition(self, prompt: str) -> Condition:
-        """Returns the text encoder's last hidden states, (1, L, width)."""
-        return {"encoder_hidden_states": self.parts["text_encoder"](self.tokenize(prompt)[0])[0]}
+    def condition(self, prompt: str, clip_skip: int = 1) -> Condition:
+        """Returns the text encoder's hidden states, (1, L, width): the last, or earlier ones with the last norm."""
+        encoder: Any = self.parts["text_encoder"]
+        output = encoder(self.tokenize(prompt)[0], output_hidden_states=clip_skip > 1)
+        if clip_skip == 1:
+            return {"encoder_hidden_states": output[0]}
+        states = self._layer(output.hidden_states, clip_skip)
+        return {"encoder_hidden_states": getattr(encoder, "text_model", encoder).final_layer_norm(states)}
+
+    def _layer(self, states: Sequence[Tensor], count: int) -> Tensor:
+        """Returns the hidden states of a text encoder's layer, counted from its last, 1.
+
+        Raises:
+            SettingError: It has fewer layers.
+        """
+        if count >= len(states):
+            raise SettingError(
+                f"edit.clip_skip is too high for base '{self.name}', whose text encoder has {len(states) - 1} "
+                "layers; lower it"
+            )
+        return states[-count]
 
     def vocabulary(self) -> ClipVocabulary:
         """Returns the tokenizer's words with the text encoder's embeddings."""

@@ -60,14 +60,16 @@ class StableDiffusionXLBase(StableDiffusionBase):
         ids, cut = super().tokenize(text)
         return torch.cat([ids, padded_ids(self._tokenizer_2, text).to(self.device)], dim=1), cut
 
-    def condition(self, prompt: str) -> Condition:
-        """Returns the penultimate hidden states of both encoders, concatenated, and the second's pooled embedding."""
+    def condition(self, prompt: str, clip_skip: int = 1) -> Condition:
+        """Returns the penultimate hidden states of both encoders, or earlier ones, and a pooled embedding."""
         ids = self.tokenize(prompt)[0]
         first, second = ids.chunk(2, dim=1)
         small = self.parts["text_encoder"](first, output_hidden_states=True)
         large = self.parts["text_encoder_2"](second, output_hidden_states=True)
         condition = {
-            "encoder_hidden_states": torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=2),
+            "encoder_hidden_states": torch.cat(
+                [self._layer(each.hidden_states, clip_skip + 1) for each in (small, large)], dim=2
+            ),
             "text_embeds": large.text_embeds,
         }
         is_empty = self._empty is not None and torch.equal(ids, self._empty)

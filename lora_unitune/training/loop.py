@@ -78,7 +78,7 @@ def train(
     optimizer = accelerator.prepare_optimizer(optimizer)
     weights = [parameter for group in groups for parameter in group["params"]]
     trains_encoder = bool(parameters.keys() - {base.family.denoiser})
-    condition = _prompt_condition(prepared, base, accelerator, trained=trains_encoder)
+    condition = _prompt_condition(prepared, base, recipe.edit.clip_skip, accelerator, trained=trains_encoder)
     schedule = base.schedule(prepared.size)
     others = [part for name, part in base.parts.items() if name != base.family.denoiser]
     idle = [*base.frozen.values(), *([] if trains_encoder else others)]
@@ -182,13 +182,13 @@ def _micro_batches(
 
 
 def _prompt_condition(
-    prepared: Prepared, base: Base, accelerator: Accelerator, trained: bool
+    prepared: Prepared, base: Base, clip_skip: int, accelerator: Accelerator, trained: bool
 ) -> Callable[[], Condition]:
     """Returns a function that computes the rare tokens' condition; cached if training doesn't change it."""
     if trained:
-        return lambda: base.condition(prepared.rare_tokens)
+        return lambda: base.condition(prepared.rare_tokens, clip_skip)
     with torch.no_grad(), accelerator.autocast():
-        condition = base.condition(prepared.rare_tokens)
+        condition = base.condition(prepared.rare_tokens, clip_skip)
     return lambda: condition
 
 
