@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -288,11 +289,11 @@ def edit_command(
                     for edit in batch:
                         path = paths[edit.settings["seed"]]
                         with writing(path):
-                            edit.save(path, overwrite=overwrite, keep_gps=keep_gps)
+                            saved = edit.save(path, overwrite=overwrite, keep_gps=keep_gps)
                         if not as_json:
-                            print_notes(() if images else edit.notes)
+                            print_notes((*(() if images else edit.notes), *saved))
                             click.echo(f"{path}: {edit.seconds:.1f} s")
-                        images.append(_as_json(edit, path))
+                        images.append(_as_json(edit, path, saved))
                 display.show("editing", len(images), count)
     finally:
         if as_json and images:
@@ -405,12 +406,12 @@ def _base_for(adapter: Adapter, base: str | None) -> str:
     )
 
 
-def _as_json(edit: Edit, path: Path) -> dict[str, Any]:
+def _as_json(edit: Edit, path: Path, saved: Sequence[str]) -> dict[str, Any]:
     """Returns the entry of one edit in the output of --json."""
     return {
         "path": str(path),
         "size": list(edit.image.size),
         "seconds": edit.seconds,
-        "notes": edit.notes,
+        "notes": [*edit.notes, *saved],
         "settings": edit.settings,
     }

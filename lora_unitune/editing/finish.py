@@ -11,6 +11,7 @@ from lora_unitune.editing.record import Edit, to_image
 from lora_unitune.editing.start import Start
 from lora_unitune.families import Base
 from lora_unitune.photo.composition import Changes, compose, find_changes
+from lora_unitune.photo.depth import eight_bits
 from lora_unitune.photo.details import add_detail
 from lora_unitune.photo.framing import seen_part
 from lora_unitune.settings import EditSettings
@@ -31,19 +32,32 @@ def finished(base: Base, images: Tensor, text: str, start: Start, settings: Edit
     """
     own = [to_image(pixels) for pixels in images]
     if start.whole is None or start.pixels is None or start.photo is None or settings.size == "base":
-        return [Edit(image, text, {"image_size": list(image.size)}, 0.0, (), image) for image in own]
+        kinds = _kinds(base, images, start, settings)
+        sizes = [{"image_size": list(image.size), **kind} for image, kind in zip(own, kinds, strict=True)]
+        return [Edit(image, text, more, 0.0, (), image) for image, more in zip(own, sizes, strict=True)]
     if not settings.details:  # with them, the base's errors are gone already
         images = add_detail(start.pixels, base.decode(start.photo).cpu(), images.cpu()).clamp(0, 1)
-    photo, box = start.whole.image, seen_part(start.whole.image.size, start.size)
+    box = seen_part(start.whole.image.size, start.size)
+    mask = None if start.mask is None else np.asarray(start.mask)
     edits = list[Edit]()
     for image, pixels in zip(own, images, strict=True):
         changes = find_changes(start.pixels, pixels[None].cpu())
-        whole = Image.fromarray(compose(np.asarray(photo), changes, box))
-        if start.mask is not None:
-            whole = Image.composite(whole, photo, start.mask)
-        notes, values = change_notes(changes, start.size), {"image_size": list(whole.size)}
-        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, start.whole))
+        composed = compose(start.whole.pixels, changes, box, mask)
+        deep = composed if composed.dtype == np.uint16 else None
+        whole = Image.fromarray(composed if deep is None else eight_bits(composed))
+        notes = change_notes(changes, start.size)
+        values = {"image_size": list(whole.size), "kind": changes.kind}
+        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, start.whole, deep))
     return edits
+
+
+def _kinds(base: Base, images: Tensor, start: Start, settings: EditSettings) -> list[dict[str, str]]:
+    """Returns the kind of each edit of the base's size; without a photo there is none."""
+    if start.photo is None:
+        return [{} for _ in images]
+    photo = start.pixels if settings.details else None  # without them, the base's errors are in the edit
+    photo = base.decode(start.photo).cpu() if photo is None else photo
+    return [{"kind": find_changes(photo, image[None].cpu()).kind} for image in images]
 
 
 def change_notes(changes: Changes, size: tuple[int, int]) -> tuple[str, ...]:

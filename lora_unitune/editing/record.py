@@ -14,6 +14,8 @@ from lora_unitune.photo.writing import save_edit
 from lora_unitune.settings import EditSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
     from torch import Tensor
 
@@ -40,6 +42,7 @@ class Edit:
         base_image: The image at the base's size.
         changes: What it changes in the photo; None if the image has the base's size.
         photo: The photo at its own size; None likewise.
+        deep: The image in 16 bits, (height, width, 3) uint16, if the photo has them.
     """
 
     image: Image.Image
@@ -50,27 +53,33 @@ class Edit:
     base_image: Image.Image | None = None
     changes: Changes | None = None
     photo: Photo | None = None
+    deep: NDArray[np.uint16] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def made(self, settings: dict[str, Any], seconds: float, notes: Sequence[str]) -> Edit:
         """Returns the edit with what else it was made with: more settings, its duration, and notes before its own."""
         together = {**settings, **self.settings}
         return dataclasses.replace(self, settings=together, seconds=seconds, notes=(*notes, *self.notes))
 
-    def save(self, path: str | Path, overwrite: bool = False, keep_gps: bool = False) -> None:
+    def save(self, path: str | Path, overwrite: bool = False, keep_gps: bool = False) -> tuple[str, ...]:
         """Writes the image with the settings, which `read_settings` reads, as the end of its name says.
 
-        PNG and TIFF are exact; JPEG, WebP and AVIF are compressed at quality 95. The photo's EXIF entries and its
-        color profile are kept, and XMP says that the image is edited.
+        PNG and TIFF are exact, with 16 bits if the photo has them. A JPEG has the quality of the photo's; without
+        one, JPEG, WebP and AVIF are compressed at quality 95. The photo's EXIF entries and its color profile are
+        kept, and XMP says that the image is edited.
 
         Args:
             path: Path of the file; its name ends in .png, .jpg, .webp, .tif or .avif.
             overwrite: Whether an existing file may be replaced.
             keep_gps: Whether the position that the photo was taken at is kept.
 
+        Returns:
+            Notes for the user on what the file doesn't hold.
+
         Raises:
             OutputError: The file already exists, its name ends otherwise, or it can't be written.
         """
-        save_edit(self.image, path, self.settings, self.photo, keep_gps, overwrite)
+        image = self.image if self.deep is None else self.deep
+        return save_edit(image, path, self.settings, self.photo, keep_gps, overwrite)
 
 
 def repeatable(

@@ -6,6 +6,8 @@ picture has height and width 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,13 @@ from torch import Tensor
 
 def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
     """Converts (3, h, w) in [0, 1] to (h, w, 3) uint8, with diffusers' rounding."""
-    values: NDArray[np.uint8] = (pixels.permute(1, 2, 0) * 255).round().to("cpu", torch.uint8).numpy()
+    return to_levels(pixels, np.dtype(np.uint8))
+
+
+def to_levels(pixels: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Converts (3, h, w) in [0, 1] to (h, w, 3) of a type of whole numbers, whose largest is white."""
+    levels = (pixels.permute(1, 2, 0) * float(np.iinfo(dtype).max)).round()
+    values: NDArray[Any] = levels.cpu().numpy().astype(dtype)
     return values
 
 

@@ -9,7 +9,7 @@ Images at the base's size are (1, 3, h, w) float32 in [0, 1].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lora_unitune.photo.colors import apply_map, largest, local_map, mean, to_bytes, whole_map
+from lora_unitune.photo.colors import apply_map, largest, local_map, mean, to_bytes, to_levels, whole_map
 from lora_unitune.photo.framing import Box
 
 Kind = Literal["nothing", "local", "relit", "both", "restyled"]
@@ -94,16 +94,19 @@ def find_changes(photo: Tensor, edit: Tensor) -> Changes:
     return Changes(kind, replaced, matrix, offset, edit)
 
 
-def compose(photo: NDArray[np.uint8], changes: Changes, box: Box) -> NDArray[np.uint8]:
+def compose(
+    photo: NDArray[Any], changes: Changes, box: Box, mask: NDArray[np.uint8] | None = None
+) -> NDArray[Any]:
     """Returns the photo with an edit's changes, at its own size.
 
     Args:
-        photo: The photo, (height, width, 3) uint8.
+        photo: The photo, (height, width, 3) uint8 or uint16.
         changes: What the edit changes.
         box: The part of the photo that the base saw; a change of light goes on beyond it.
+        mask: How far each pixel may change, (height, width); None lets all of them.
 
     Returns:
-        (height, width, 3) uint8, with the photo's own values where the edit changes nothing.
+        (height, width, 3) of the photo's type, with its own values where the edit changes nothing.
     """
     if changes.kind == "nothing":
         return photo.copy()
@@ -117,8 +120,11 @@ def compose(photo: NDArray[np.uint8], changes: Changes, box: Box) -> NDArray[np.
     for first in range(0, height, step):
         rows = np.arange(first, min(height, first + step))
         other = enlarged[(rows - top).clip(0, bottom - top - 1)][:, seen]
-        mixed = _mixed(_pixels(photo[rows]), _pixels(other), _lines(planes, -2, rows, top, bottom))
-        out[rows] = to_bytes(mixed[0])
+        own = _pixels(photo[rows])
+        mixed = _mixed(own, _pixels(other), _lines(planes, -2, rows, top, bottom))
+        if mask is not None:
+            mixed = torch.lerp(own, mixed, torch.from_numpy(mask[rows]) / 255)
+        out[rows] = to_levels(mixed[0], photo.dtype)
     return out
 
 
@@ -177,6 +183,7 @@ def _filled(regions: Tensor) -> Tensor:
     return 1 - outside
 
 
-def _pixels(values: NDArray[np.uint8]) -> Tensor:
-    """(h, w, 3) uint8 -> (1, 3, h, w) in [0, 1]."""
-    return torch.from_numpy(values).permute(2, 0, 1)[None].float() / 255
+def _pixels(values: NDArray[Any]) -> Tensor:
+    """(h, w, 3) uint8 or uint16 -> (1, 3, h, w) in [0, 1]."""
+    floats = torch.from_numpy(values.astype(np.float32))
+    return floats.permute(2, 0, 1)[None] / float(np.iinfo(values.dtype).max)

@@ -1,4 +1,4 @@
-"""Pixel values of more than 8 bits -> 0 to 255: which value is black and which is white."""
+"""Pixel values of more than 8 bits -> 16 bits: which value is black and which is white."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _WHITES = (255, 65_535, 2**31 - 1, 2**32 - 1)
+_STRIP = 2**20  # pixels
 _SHARE = 0.1  # percent of the pixels at either end that don't count when a range is guessed
 
 
@@ -19,9 +20,10 @@ class Depth:
     """What a file says about its pixel values.
 
     Attributes:
-        kind: Their type in messages, such as "float32".
+        kind: Their type in messages, such as "32-bit floats".
         black: Value of black, if it is known.
         white: Value of white, if it is known; below `black` in a negative.
+        bits: Bits of each value.
         is_whole: Whether the values are whole numbers.
         is_negative: Whether the lowest value is white.
     """
@@ -29,6 +31,7 @@ class Depth:
     kind: str
     black: float = 0.0
     white: float | None = None
+    bits: int = 16
     is_whole: bool = True
     is_negative: bool = False
 
@@ -48,11 +51,18 @@ class Depth:
         low, high = (_number(tags.get(code)) for code in (340, 341))  # SMinSampleValue, SMaxSampleValue
         if high is None and is_whole and bits <= 16:
             low, high = 0.0, 2.0 ** (bits - (dtype.kind == "i")) - 1
-        return cls(kind, low or 0.0, high, is_whole, is_negative=tags.get(262) == 0)
+        return cls(kind, low or 0.0, high, bits, is_whole, is_negative=tags.get(262) == 0)
 
 
-def depth_of(image: Image.Image) -> tuple[NDArray[Any], Depth] | None:
-    """Returns values and depth of a grayscale image of more than 8 bits, or None for others."""
+def depth_of(image: Image.Image, low: Image.Image | None) -> tuple[NDArray[Any], Depth] | None:
+    """Returns values and depth of an image of more than 8 bits, or None for others.
+
+    Args:
+        image: The image.
+        low: The low byte of each value, if the image has the high one.
+    """
+    if low is not None:
+        return np.asarray(image).astype(np.uint16) << 8 | np.asarray(low), Depth.of(np.uint16, {})
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return None
     values, tags = np.asarray(image), dict(getattr(image, "tag_v2", {}))
@@ -67,8 +77,8 @@ def depth_of(image: Image.Image) -> tuple[NDArray[Any], Depth] | None:
     return values.astype(whole), Depth.of(whole, tags, bits)
 
 
-def rounded(values: NDArray[Any], depth: Depth, notes: list[str]) -> NDArray[np.float64]:
-    """Returns pixel values as floats from 0 to 255, with a note that their depth is reduced.
+def sixteen_bits(values: NDArray[Any], depth: Depth, notes: list[str]) -> NDArray[np.uint16]:
+    """Returns pixel values in 16 bits, with a note if they have more.
 
     A range that the file doesn't say is guessed from the values, and the guess is noted.
 
@@ -80,10 +90,12 @@ def rounded(values: NDArray[Any], depth: Depth, notes: list[str]) -> NDArray[np.
     Raises:
         ValueError: Some values aren't finite.
     """
+    black, white, guess = depth.black, depth.white, ""
+    if values.dtype == np.uint16 and (black, white, depth.is_negative) == (0, _WHITES[1], False):
+        return values
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("some pixels aren't numbers")
-    black, white, guess = depth.black, depth.white, ""
     if white is None:
         black, white = _guessed(values, depth.is_whole)
         if depth.is_whole or (black, white) != (0, 1) or values.min() < 0 or values.max() > 1:
@@ -93,8 +105,23 @@ def rounded(values: NDArray[Any], depth: Depth, notes: list[str]) -> NDArray[np.
             )
     if depth.is_negative:
         black, white = white, black
-    notes.append(f"its values ({depth.kind}) are rounded to 8 bits{guess}")
-    return ((values - black) * (255 / (white - black))).clip(0, 255)
+    if guess or depth.bits > 16 or not depth.is_whole:
+        notes.append(f"its values ({depth.kind}) are rounded to 16 bits{guess}")
+    return ((values - black) * (65_535 / (white - black))).clip(0, 65_535).round().astype(np.uint16)
+
+
+def eight_bits(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Returns 16-bit values, (height, width, ...), rounded to 8 bits."""
+    out = np.empty(values.shape, np.uint8)
+    for rows in strips(values):
+        out[rows] = (values[rows].astype(np.uint32) + 128) // 257
+    return out
+
+
+def strips(values: NDArray[Any]) -> list[slice]:
+    """Returns the rows of each strip of an image, so that what is computed of one needs little memory."""
+    step = max(1, _STRIP // max(1, values.shape[1]))
+    return [slice(first, first + step) for first in range(0, len(values), step)]
 
 
 def _guessed(values: NDArray[np.float64], is_whole: bool) -> tuple[float, float]:

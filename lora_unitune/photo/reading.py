@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from lora_unitune.errors import PhotoError, one_line
-from lora_unitune.photo.depth import depth_of, rounded
+from lora_unitune.photo.depth import depth_of, eight_bits, sixteen_bits
 from lora_unitune.photo.opening import DECODING_ERRORS, PhotoSource, open_image
+from lora_unitune.photo.profiles import PROFILE_ERRORS, DeepProfile, in_profile, in_srgb, is_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,8 @@ _KEPT = {
 }
 """EXIF tags that describe a photo; the others of its first block say how its own file holds the pixels."""
 _SIDES = (0xA002, 0xA003)  # width and height, before the photo was turned
+_WHITE = 65_535
+_TRANSPARENT = "its transparent parts become white"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class Photo:
         source: Path of its file, or what it is called in messages.
         notes: Notes for the user on what was changed, one sentence each.
         exif: EXIF block of its file, upright and without a thumbnail; empty if there is none.
-        profile: Color profile of its file.
+        profile: Color profile of its file, if that is of RGB.
+        own: Its pixels in that profile, upright: (height, width, 3) uint8 or uint16; None without a profile.
+        deep: Its pixels in 16 bits, in sRGB: (height, width, 3) uint16; None if its file has 8.
+        jpeg: The quality of its file, as Pillow's options, if that is a JPEG.
     """
 
     image: Image.Image
@@ -53,6 +59,14 @@ class Photo:
     notes: tuple[str, ...] = ()
     exif: bytes = b""
     profile: bytes | None = None
+    own: NDArray[Any] | None = field(default=None, repr=False, compare=False)
+    deep: NDArray[np.uint16] | None = field(default=None, repr=False, compare=False)
+    jpeg: Mapping[str, Any] | None = None
+
+    @property
+    def pixels(self) -> NDArray[Any]:
+        """The pixels in sRGB at their depth: (height, width, 3) uint8 or uint16."""
+        return np.asarray(self.image) if self.deep is None else self.deep
 
     @cached_property
     def digest(self) -> str:
@@ -78,18 +92,18 @@ def load_photo(source: PhotoSource) -> Photo:
     name = str(source) if isinstance(source, (str, Path)) else "the photo"
     notes: list[str] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            name, image = open_image(source, notes)
-            profile = image.info.get("icc_profile")
-            upright, exif = _upright_rgb(image, notes), _kept_exif(image, notes)
+            name, image, low = open_image(source, notes)
+            jpeg = _jpeg_quality(image)
+            photo, exif = _upright(image, low, notes), _kept_exif(image, notes)
         except PhotoError:
             raise
         except MemoryError:
             raise PhotoError(f"{name} doesn't fit into memory; make it smaller first") from None
         except DECODING_ERRORS as error:
             raise PhotoError(f"{name} is damaged or incomplete ({one_line(error)}); get it again") from None
-    return Photo(upright, name, tuple(notes), exif, profile)
+    return replace(photo, source=name, notes=tuple(notes), exif=exif, jpeg=jpeg)
 
 
 def exif_of(block: bytes) -> Image.Exif:
@@ -98,6 +112,18 @@ def exif_of(block: bytes) -> Image.Exif:
     if block:
         exif.load(block)
     return exif
+
+
+def _jpeg_quality(image: Image.Image) -> dict[str, Any] | None:
+    """Returns the quantization and subsampling of a JPEG of three channels, for the image turned upright."""
+    tables = getattr(image, "quantization", None)
+    if not tables or image.mode != "RGB" or not isinstance(image, JpegImageFile):
+        return None
+    sampling, across = get_sampling(image), image.getexif().get(_ORIENTATION, 1) in range(5, 9)
+    if across:  # columns become rows; Pillow writes no halved rows alone
+        tables = {each: [table[8 * (i % 8) + i // 8] for i in range(64)] for each, table in tables.items()}
+        sampling = 0 if sampling == 1 else sampling
+    return {"qtables": tables, "subsampling": max(0, sampling)}
 
 
 def _kept_exif(image: Image.Image, notes: list[str]) -> bytes:
@@ -123,7 +149,7 @@ def photo_to_tensor(photo: Photo) -> Tensor:
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def _upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+def _upright(image: Image.Image, low: Image.Image | None, notes: list[str]) -> Photo:
     """Decodes the first frame and returns it upright, in sRGB, on white."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
@@ -131,50 +157,78 @@ def _upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
         if image.format not in ("MPO", "HEIF"):  # a phone's photo with an embedded preview
             notes.append(f"the first of {frames} frames is used")
     image.load()
-    profile, deep = image.info.get("icc_profile"), depth_of(image)
-    if deep is not None:
-        grays = rounded(*deep, notes)
-        turned = Image.fromarray(_deep_in_srgb(grays, profile))
-        turned.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
-        return ImageOps.exif_transpose(turned)
+    values, profile = depth_of(image, low), _checked_profile(image, notes)
+    if values is not None:
+        turn = image.getexif().get(_ORIENTATION, 1)
+        return _deep(_upright_values(sixteen_bits(*values, notes), turn, notes), profile, notes)
     upright = ImageOps.exif_transpose(image)
     if not upright.has_transparency_data:
-        return _in_srgb(upright, profile)
+        return _shallow(upright, None, profile)
     layered = upright.convert("RGBA")
     alpha = layered.getchannel("A")
-    colors = _in_srgb(upright.convert("L") if upright.mode == "LA" else layered.convert("RGB"), profile)
     if np.asarray(alpha).min() < 255:
-        notes.append("transparent parts are shown on white")
-    return Image.composite(colors, Image.new("RGB", colors.size, "white"), alpha)
+        notes.append(_TRANSPARENT)
+    return _shallow(upright.convert("L") if upright.mode == "LA" else layered.convert("RGB"), alpha, profile)
 
 
-def _deep_in_srgb(grays: NDArray[np.float64], profile: bytes | None) -> NDArray[np.uint8]:
-    """Returns gray values from 0 to 255, not rounded yet, as (height, width, 3) in sRGB."""
-    ramp = np.asarray(_in_srgb(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), profile))[0]
-    channels = [np.interp(grays, np.arange(256), channel) for channel in ramp.T]
-    return np.stack(channels, -1).round().astype(np.uint8)
+def _shallow(image: Image.Image, alpha: Image.Image | None, profile: bytes | None) -> Photo:
+    """Returns the photo of an image of 8 bits."""
+    srgb, own = in_srgb(image, profile), None
+    if is_rgb(profile) and image.mode not in ("CMYK", "LAB"):
+        own = image.convert("RGB")
+    if alpha is not None:
+        srgb = _on_white(srgb, alpha)
+        own = own and _on_white(own, alpha)
+    return Photo(srgb, "") if own is None else Photo(srgb, "", profile=profile, own=np.asarray(own))
 
 
-def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Converts to RGB, through the embedded colour profile where there is a usable one."""
-    if image.mode not in ("L", "CMYK", "LAB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
-        if image.mode == "LAB":
-            return _transformed(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
-        if profile:
-            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            is_gray = embedded.profile.xcolor_space.strip() == "GRAY"
-            return _transformed(
-                image.convert("RGB") if image.mode == "L" and not is_gray else image, embedded
-            )
-    return image.convert("RGB")  # without a usable profile: what other programs would show
+def _on_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
+    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
 
 
-def _transformed(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
-    """Converts from a colour profile to sRGB."""
-    srgb = ImageCms.createProfile("sRGB")
-    # the optimized table darkens dark grays
-    exact = ImageCms.Flags.NOOPTIMIZE if image.mode == "L" else ImageCms.Flags.NONE
-    converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB", flags=exact)
-    return image.convert("RGB") if converted is None else converted
+def _deep(values: NDArray[np.uint16], profile: bytes | None, notes: list[str]) -> Photo:
+    """Returns the photo of 16-bit pixels, (height, width, 1) or (height, width, 3)."""
+    own = values.repeat(3, -1) if values.shape[2] == 1 else values
+    if profile is None or (values.shape[2] == 3 and not is_rgb(profile)):
+        return Photo(Image.fromarray(eight_bits(own)), "", deep=own)
+    try:
+        deep = DeepProfile(profile).to_srgb(own)
+    except ValueError as error:
+        notes.append(f"its values are rounded to 8 bits: its color profile can't be used at 16, since {error}")
+        small = Image.fromarray(eight_bits(own))
+        return _shallow(small if is_rgb(profile) else small.convert("L"), None, profile)
+    photo = Photo(Image.fromarray(eight_bits(deep)), "", deep=deep)
+    return replace(photo, profile=profile, own=own) if is_rgb(profile) else photo
+
+
+def _upright_values(values: NDArray[np.uint16], turn: int, notes: list[str]) -> NDArray[np.uint16]:
+    """Turns 16-bit pixels upright by their EXIF orientation, on white: (height, width, 1) or (height, width, 3)."""
+    values = np.atleast_3d(values)
+    if values.shape[2] in (2, 4):
+        values, alpha = values[..., :-1], values[..., -1:]
+        if alpha.min() < _WHITE:
+            notes.append(_TRANSPARENT)
+            clear = (_WHITE - values.astype(np.float32)) * (alpha / np.float32(_WHITE))
+            values = (_WHITE - clear).round().astype(np.uint16)
+    turned = []
+    for channel in np.moveaxis(values, -1, 0):
+        image = Image.fromarray(np.ascontiguousarray(channel))
+        image.getexif()[_ORIENTATION] = turn
+        turned.append(np.asarray(ImageOps.exif_transpose(image)))
+    return np.stack(turned, -1)
+
+
+def _checked_profile(image: Image.Image, notes: list[str]) -> bytes | None:
+    """Returns the color profile of an image, if it has one that can be used."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return None
+    mode = "RGB" if is_rgb(profile) else "L"
+    try:
+        in_srgb(Image.new(image.mode if image.mode in ("CMYK", "LAB") else mode, (1, 1)), profile)
+        if is_rgb(profile):
+            in_profile(Image.new("RGB", (1, 1)), profile)
+    except PROFILE_ERRORS:
+        notes.append("its color profile is damaged, and dropped")
+        return None
+    return bytes(profile)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
+import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from PIL import Image, ImageCms, PngImagePlugin
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
 
 from lora_unitune.errors import OutputError, SettingError
 from lora_unitune.output import PICTURES, write_atomically
+from lora_unitune.photo.depth import eight_bits, strips
+from lora_unitune.photo.profiles import DeepProfile, in_profile
 from lora_unitune.photo.reading import EXIF, GPS, Photo, exif_of
 
 ENTRY = "lora_unitune"
 """Name of the PNG's text entry with the settings; the EXIF software of other files."""
 
-_SOFTWARE, _COMMENT, _XMP = 0x0131, 0x9286, 700  # EXIF: Software, UserComment; TIFF: XMP
+_SOFTWARE, _COMMENT, _MAKER_NOTE = 0x0131, 0x9286, 0x927C  # EXIF: Software, UserComment, MakerNote
+_XMP, _PROFILE = 700, 34_675  # TIFF
 _ASCII = b"ASCII\0\0\0"
 _LARGEST_EXIF = 65_000  # bytes that fit into a JPEG's segment
 _SOURCES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -31,25 +37,29 @@ _PACKET = (
 
 
 def save_edit(
-    image: Image.Image,
+    image: Image.Image | NDArray[np.uint16],
     path: str | Path,
     settings: Mapping[str, Any],
     photo: Photo | None = None,
     keep_gps: bool = False,
     overwrite: bool = False,
-) -> None:
+) -> tuple[str, ...]:
     """Writes an edited image as the end of its name says, with the settings of the edit.
 
-    The photo's EXIF block is kept, without its thumbnail and its position, and so is its color profile. XMP
-    says by the IPTC's digital source type that the image is edited.
+    The photo's EXIF block is kept, without its thumbnail and its position, and so are its color profile and, where
+    the image is the photo's, its own values in that. XMP says by the IPTC's digital source type that the image is
+    edited.
 
     Args:
-        image: The image, RGB, in sRGB.
+        image: The image, in sRGB: RGB, or (height, width, 3) uint16.
         path: Path of the file; its name ends as one of `output.PICTURES`.
         settings: Everything needed to repeat the edit.
         photo: The photo that was edited, whose own size the image has; None for an image of the base's size.
         keep_gps: Whether the position that the photo was taken at is kept.
         overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        Notes for the user on what the file doesn't hold.
 
     Raises:
         OutputError: The file already exists, its name ends otherwise, or it can't be written.
@@ -57,31 +67,40 @@ def save_edit(
     kind = PICTURES.get(Path(path).suffix.lower())
     if kind is None:
         raise OutputError(f"{path} isn't the name of a picture; let it end in {', '.join(PICTURES)}")
-    text, exif = json.dumps(settings), exif_of(photo.exif if photo else b"")
+    exif, notes = exif_of(photo.exif if photo else b""), list[str]()
     exif[_SOFTWARE] = ENTRY
     if not keep_gps:
         exif.get_ifd(GPS).clear()
         exif.pop(GPS, None)
     source = "trainedAlgorithmicMedia" if photo is None else "compositeWithTrainedAlgorithmicMedia"
     packet = _PACKET.format(source=_SOURCES + source).encode()
-    options: dict[str, Any] = {"format": kind}
-    image = image.copy()
-    image.info.clear()  # Pillow would write what the photo's file had there
+    values = image if isinstance(image, np.ndarray) else np.asarray(image)
+    if values.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
+        values = eight_bits(values)
+        notes.append(f"{path} has 8 bits for each value; a .png or .tif has the photo's 16")
+    options: dict[str, Any] = {"exif": exif}
     if photo is not None and photo.profile:
-        image, options["icc_profile"] = _in_profile(image, photo.profile)
+        values, options["icc_profile"] = _in_profile(values, photo), photo.profile
+    text = json.dumps(settings)
     if kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_text(ENTRY, text)
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", packet.decode())
     else:
         exif.get_ifd(EXIF)[_COMMENT] = _ASCII + text.encode()
-        if len(exif.tobytes()) > _LARGEST_EXIF:
-            raise OutputError(f"{path} can't hold settings of {len(text)} characters; write a PNG instead")
+        notes += _made_smaller(exif, path, len(text))
     if kind == "TIFF":
         exif[_XMP] = packet
     elif kind != "PNG":
-        options |= {"quality": 95, "xmp": packet, **({"subsampling": 0} if kind == "JPEG" else {})}
-    write_atomically(path, lambda temporary: image.save(temporary, exif=exif, **options), overwrite)
+        quality = photo.jpeg if kind == "JPEG" and photo and photo.jpeg else {"quality": 95}
+        options |= {"xmp": packet, **({"subsampling": 0} if kind == "JPEG" else {}), **quality}
+    if values.dtype == np.uint16:
+        write = _write_deep_png if kind == "PNG" else _write_deep_tiff
+        write_atomically(path, lambda temporary: write(temporary, values, **options), overwrite)
+    else:
+        eight = Image.fromarray(values)
+        write_atomically(path, lambda temporary: eight.save(temporary, format=kind, **options), overwrite)
+    return tuple(notes)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -104,12 +123,72 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _in_profile(image: Image.Image, profile: bytes) -> tuple[Image.Image, bytes | None]:
-    """Converts an sRGB image to a photo's RGB color profile; an image of another profile stays in sRGB."""
-    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if own.profile.xcolor_space.strip() == "RGB":
-            srgb = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, srgb, own, outputMode="RGB")
-            return converted or image, profile
-    return image, None
+def _made_smaller(exif: Image.Exif, path: str | Path, count: int) -> list[str]:
+    """Removes what doesn't fit into an EXIF block, with a note; the settings of `count` characters stay."""
+    notes = []
+    if len(exif.tobytes()) > _LARGEST_EXIF:
+        exif.get_ifd(EXIF).pop(_MAKER_NOTE, None)
+        notes.append("the camera's own EXIF entries don't fit into the file beside the settings, and are dropped")
+    if len(exif.tobytes()) > _LARGEST_EXIF:
+        raise OutputError(f"{path} can't hold settings of {count} characters; write a PNG instead")
+    return notes
+
+
+def _in_profile(values: NDArray[Any], photo: Photo) -> NDArray[Any]:
+    """Converts an edited photo from sRGB to the photo's color profile, with its own values where it is the same."""
+    profile, own, before = photo.profile or b"", photo.own, photo.pixels
+    deep = DeepProfile(profile) if values.dtype == np.uint16 else None
+    out = np.empty_like(values)
+    for rows in strips(values):
+        if deep is not None:
+            out[rows] = deep.from_srgb(values[rows])
+        else:
+            out[rows] = np.asarray(in_profile(Image.fromarray(values[rows]), profile))
+        if own is not None and own.dtype == values.dtype:
+            same = (values[rows] == before[rows]).all(-1, keepdims=True)
+            out[rows] = np.where(same, own[rows], out[rows])
+    return out
+
+
+def _write_deep_png(path: Path, values: NDArray[np.uint16], **options: Any) -> None:
+    """Writes a PNG of 16 bits, which Pillow can't hold, with the other chunks of one that it writes."""
+    small, packer = io.BytesIO(), zlib.compressobj()
+    Image.new("RGB", (1, 1)).save(small, "PNG", **options)
+    content = small.getvalue()
+    with path.open("wb") as file:
+        file.write(content[:8])
+        at = 8
+        while at < len(content):
+            (length,), kind = struct.unpack(">I", content[at : at + 4]), content[at + 4 : at + 8]
+            data, at = content[at + 8 : at + 8 + length], at + 12 + length
+            if kind == b"IHDR":
+                data = struct.pack(">IIB", values.shape[1], values.shape[0], 16) + data[9:]
+            if kind == b"IDAT":
+                above = np.zeros((1, 6 * values.shape[1]), np.uint8)
+                for rows in strips(values):
+                    lines = np.vstack([above, values[rows].astype(">u2").view(np.uint8).reshape(-1, above.size)])
+                    up = np.full((len(lines) - 1, 1), 2, np.uint8)  # the filter: less the line above
+                    _write_chunk(file, kind, packer.compress(np.hstack([up, lines[1:] - lines[:-1]]).tobytes()))
+                    above = lines[-1:]
+                data = packer.flush()
+            _write_chunk(file, kind, data)
+
+
+def _write_chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
+    file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+
+
+def _write_deep_tiff(
+    path: Path, values: NDArray[np.uint16], exif: Image.Exif, icc_profile: bytes | None = None
+) -> None:
+    """Writes a TIFF of 16 bits, which Pillow can't hold: its entries, and then its pixels."""
+    height, width = values.shape[:2]
+    exif.update({256: width, 257: height, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3})
+    exif.update({273: 0, 278: height, 279: values.nbytes})  # one strip, 0 bytes after the entries
+    if icc_profile:
+        exif[_PROFILE] = icc_profile
+    entries = exif.tobytes()[len(b"Exif\0\0") :]
+    with path.open("wb") as file:
+        file.write(entries)
+        for rows in strips(values):
+            file.write(values[rows].astype("<u2" if entries.startswith(b"II") else ">u2").tobytes())

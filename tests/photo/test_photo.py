@@ -100,7 +100,7 @@ def test_sixteen_bit_greys_keep_their_brightness(tmp_path: Path) -> None:
     ):
         photo = load_photo(source)
         assert np.abs(pixels(photo.image)[..., 0] - greys / 257).max() <= 1
-        assert "8 bits" in photo.notes[0]
+        assert photo.deep is not None and np.abs(photo.deep[..., 0] - greys).max() <= 1
 
 
 def test_transparent_parts_are_shown_on_white(tmp_path: Path, quarters: Image.Image) -> None:
@@ -109,7 +109,7 @@ def test_transparent_parts_are_shown_on_white(tmp_path: Path, quarters: Image.Im
     layered.save(tmp_path / "clear.png")
     photo = load_photo(tmp_path / "clear.png")
     assert photo.image.getpixel((4, 4)) == (255, 255, 255) and photo.image.getpixel((28, 4)) == (0, 255, 0)
-    assert photo.notes == ("transparent parts are shown on white",)
+    assert photo.notes == ("its transparent parts become white",)
     palette = quarters.convert("P", palette=Image.Palette.ADAPTIVE)
     palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 0)))
     assert load_photo(tmp_path / "palette.png").image.getpixel((4, 4)) == (255, 255, 255)
@@ -160,7 +160,7 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
         load_photo(tmp_path)
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])
+@pytest.mark.parametrize("side", [12_000, 20_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
     buffer = io.BytesIO()
     Image.new("1", (8, 8)).save(buffer, "PNG")
@@ -168,5 +168,5 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, si
     content[16:24] = side.to_bytes(4, "big") * 2  # width and height in the header
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bytes(content))
-    with pytest.raises(PhotoError, match="more than 89 million pixels"):
+    with pytest.raises(PhotoError, match="more than 125 million pixels"):
         load_photo(tmp_path / "bomb.png")
