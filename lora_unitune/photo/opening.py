@@ -70,7 +70,7 @@ def open_image(source: PhotoSource, notes: list[str]) -> tuple[str, Image.Image,
                 raise Image.DecompressionBombError
             tags = dict(getattr(image, "tag_v2", {}))
             if tags.get(284) == 2 and tags.get(258, (8,))[0] > 8:  # planes, which Pillow takes for 8 bits
-                return name, *_tiff(name, content, notes)
+                return name, *_tiff(name, _rewound(content), notes)
             return name, image, _low_bytes(image, content)
         except Image.DecompressionBombError:
             return name, _reduced(name, content, notes), None
@@ -177,9 +177,7 @@ def _heic(name: str, content: Path | BinaryIO) -> Image.Image:
         return _reduced(name, content, [])
 
 
-def _tiff(
-    name: str, content: Path | BinaryIO, notes: list[str]
-) -> tuple[Image.Image, Image.Image | None]:
+def _tiff(name: str, content: Path | BinaryIO, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
     """Reads a TIFF whose depth Pillow doesn't know, such as RGB in floats, with tifffile: high and low bytes."""
     way_out = "save it as a TIFF or PNG of 8 or 16 bits"
     try:

@@ -194,7 +194,9 @@ def _deep(values: NDArray[np.uint16], profile: bytes | None, notes: list[str]) -
     try:
         deep = DeepProfile(profile).to_srgb(own)
     except ValueError as error:
-        notes.append(f"its values are rounded to 8 bits: its color profile can't be used at 16, since {error}")
+        notes.append(
+            f"its values are rounded to 8 bits: its color profile can't be used at 16, since {error}"
+        )
         small = Image.fromarray(eight_bits(own))
         return _shallow(small if is_rgb(profile) else small.convert("L"), None, profile)
     photo = Photo(Image.fromarray(eight_bits(deep)), "", deep=deep)

@@ -128,7 +128,9 @@ def _made_smaller(exif: Image.Exif, path: str | Path, count: int) -> list[str]:
     notes = []
     if len(exif.tobytes()) > _LARGEST_EXIF:
         exif.get_ifd(EXIF).pop(_MAKER_NOTE, None)
-        notes.append("the camera's own EXIF entries don't fit into the file beside the settings, and are dropped")
+        notes.append(
+            "the camera's own EXIF entries don't fit into the file beside the settings, and are dropped"
+        )
     if len(exif.tobytes()) > _LARGEST_EXIF:
         raise OutputError(f"{path} can't hold settings of {count} characters; write a PNG instead")
     return notes
@@ -166,9 +168,13 @@ def _write_deep_png(path: Path, values: NDArray[np.uint16], **options: Any) -> N
             if kind == b"IDAT":
                 above = np.zeros((1, 6 * values.shape[1]), np.uint8)
                 for rows in strips(values):
-                    lines = np.vstack([above, values[rows].astype(">u2").view(np.uint8).reshape(-1, above.size)])
+                    lines = np.vstack(
+                        [above, values[rows].astype(">u2").view(np.uint8).reshape(-1, above.size)]
+                    )
                     up = np.full((len(lines) - 1, 1), 2, np.uint8)  # the filter: less the line above
-                    _write_chunk(file, kind, packer.compress(np.hstack([up, lines[1:] - lines[:-1]]).tobytes()))
+                    _write_chunk(
+                        file, kind, packer.compress(np.hstack([up, lines[1:] - lines[:-1]]).tobytes())
+                    )
                     above = lines[-1:]
                 data = packer.flush()
             _write_chunk(file, kind, data)

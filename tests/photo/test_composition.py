@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -173,3 +174,28 @@ def test_a_replaced_region_has_no_holes() -> None:
     changes = find_changes(small(before, size), edit)
     assert isinstance(changes, Changes) and changes.replaced[0, 0, 32, 32] == 1
     assert changes.replaced[0, 0, :8].max() == 0
+
+
+@pytest.mark.parametrize("light", LIGHTS)
+def test_sixteen_bits_are_kept_and_relit_in_sixteen_bits(light: str) -> None:
+    """What isn't relit keeps its values, and what is has more levels than 8 bits hold."""
+    (size, scale), rng = SIZES[0], np.random.default_rng(0)
+    shallow = photo(size, scale)
+    deep = (shallow.astype(int) * 257 + rng.integers(-128, 129, shallow.shape)).astype(np.uint16)
+    before = small(shallow, size)
+    lit = small(LIGHTS[light](shallow.astype(float)).clip(0, 255).astype(np.uint8), size)
+    changes = find_changes(before, lit)
+    nothing = dataclasses.replace(
+        changes,
+        kind="relit",
+        replaced=torch.zeros_like(changes.replaced),
+        matrix=torch.eye(3)[None, :, :, None, None].repeat(1, 1, 1, *changes.offset.shape[-2:]),
+        offset=torch.zeros_like(changes.offset),
+    )
+    assert np.array_equal(compose(deep, nothing, whole(deep)), deep)
+    relit = compose(deep, changes, whole(deep))
+    assert relit.dtype == np.uint16 and len(np.unique(relit)) > 10_000
+    exact = compose((shallow.astype(np.uint16) * 257), changes, whole(deep)) / 257
+    assert np.abs(exact - compose(shallow, changes, whole(deep))).max() <= 0.51
+    masked = compose(deep, changes, whole(deep), np.zeros(deep.shape[:2], np.uint8))
+    assert np.array_equal(masked, deep)

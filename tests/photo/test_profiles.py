@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import tifffile
+from PIL import Image, ImageCms
 
+from lora_unitune.photo.profiles import DeepProfile
 from lora_unitune.photo.reading import load_photo
 
 WHITE = (0.9642, 1.0, 0.8249)  # D50
@@ -20,8 +23,8 @@ def fixed(numbers: tuple[float, ...]) -> bytes:
     return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
 
 
-def linear_profile(space: str) -> bytes:
-    """Returns an ICC profile without gamma: "GRAY", or "RGB " with the primaries of sRGB."""
+def linear_profile(space: str, more: Mapping[str, bytes] | None = None) -> bytes:
+    """Returns an ICC profile without gamma: "GRAY", or "RGB " with the primaries of sRGB; and more tags."""
     curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256) + bytes(2)
     tags = {
         "wtpt": b"XYZ " + bytes(4) + fixed(WHITE),
@@ -29,6 +32,7 @@ def linear_profile(space: str) -> bytes:
     }
     tags |= {name: b"XYZ " + bytes(4) + fixed(xyz) for name, xyz in SRGB.items() if space == "RGB "}
     tags |= dict.fromkeys(["kTRC"] if space == "GRAY" else ["rTRC", "gTRC", "bTRC"], curve)
+    tags |= more or {}
     place, table, data = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for name, content in tags.items():
         padded = content + bytes(-len(content) % 4)
@@ -37,6 +41,16 @@ def linear_profile(space: str) -> bytes:
     size = struct.pack(">I", place + len(data))
     header = size + bytes(4) + b"\2\x40\0\0mntr" + space.encode() + b"XYZ " + bytes(12) + b"acsp"
     return header + bytes(28) + fixed(WHITE) + bytes(48) + table + data
+
+
+def table_profile() -> bytes:
+    """Returns an ICC profile of RGB that has tables instead of curves: red is lightness, green and blue a and b."""
+    ramp, corners = bytes(range(256)), bytes(255 * (n >> shift & 1) for n in range(8) for shift in (2, 1, 0))
+    matrix = b"".join(fixed(tuple(float(i == j) for j in range(3))) for i in range(3))
+    table = b"mft1" + bytes(4) + bytes([3, 3, 2, 0]) + matrix + 3 * ramp + corners + 3 * ramp
+    profile = bytearray(linear_profile("RGB ", dict.fromkeys(["A2B0", "B2A0"], table)))
+    profile[20:24] = b"Lab "
+    return bytes(profile)
 
 
 def linear(image: Image.Image, most: int = 255) -> np.ndarray:
@@ -91,3 +105,48 @@ def test_the_dark_of_a_deep_linear_gray_keeps_its_steps(tmp_path: Path) -> None:
 def test_lab_is_read(tmp_path: Path) -> None:
     Image.new("LAB", (32, 32), (255, 128, 128)).save(tmp_path / "lab.tif")
     assert min(load_photo(tmp_path / "lab.tif").image.getpixel((4, 4))) >= 253
+
+
+def curved(curve: bytes) -> bytes:
+    """Returns an RGB profile with a curve of another kind."""
+    return linear_profile("RGB ", dict.fromkeys(["rTRC", "gTRC", "bTRC"], curve + bytes(-len(curve) % 4)))
+
+
+def parametric(kind: int, *numbers: float) -> bytes:
+    return b"para" + bytes(4) + struct.pack(">HH", kind, 0) + fixed(numbers)
+
+
+CURVES = {
+    "identity": b"curv" + bytes(4) + struct.pack(">I", 0),
+    "gamma": b"curv" + bytes(4) + struct.pack(">IH", 1, 563),
+    "table": b"curv" + bytes(4) + struct.pack(">I257H", 257, *(n * n * 65535 // 65536 for n in range(257))),
+    "power": parametric(0, 1.8),
+    "CIE 122": parametric(1, 2.4, 1.1, -0.1),
+    "IEC 61966-3": parametric(2, 2.4, 1.1, -0.1, 0.0),
+    "sRGB": parametric(3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045),
+    "with offsets": parametric(4, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_sixteen_bits_are_converted_as_eight_are(name: str) -> None:
+    """The true answer is Little CMS's at 8 bits, without its shortcuts, within its rounding."""
+    profile = curved(CURVES[name])
+    own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    eight = np.random.default_rng(0).integers(50, 256, (64, 64, 3), dtype=np.uint8)  # darker ones are steep
+    deep, sixteen = DeepProfile(profile), eight.astype(np.uint16) * 257
+    for start, end, convert in ((own, srgb, deep.to_srgb), (srgb, own, deep.from_srgb)):
+        exact = ImageCms.profileToProfile(Image.fromarray(eight), start, end, flags=ImageCms.Flags.NOOPTIMIZE)
+        assert np.abs(convert(sixteen) / 257 - np.asarray(exact)).max() < 0.6
+    inside = deep.from_srgb(sixteen)
+    assert np.abs(deep.to_srgb(inside).astype(int) - sixteen).max() <= 150, "and back, in 65,535 levels"
+
+
+def test_a_profile_of_tables_is_used_at_eight_bits(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65_536, (48, 64, 3), dtype=np.uint16)
+    tags = [(34675, 7, None, table_profile(), True)]
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extratags=tags)
+    photo = load_photo(tmp_path / "a.tif")
+    assert photo.deep is None and photo.profile == table_profile()
+    (note,) = photo.notes
+    assert "rounded to 8 bits" in note and "it has tables" in note

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms
+from PIL.JpegImagePlugin import get_sampling
 
 from lora_unitune.errors import OutputError
 from lora_unitune.output import PICTURES
@@ -136,3 +138,89 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=r"let it end in \.png|write a PNG instead"):
             save_edit(picture(), tmp_path / name, settings)
     assert not list(tmp_path.iterdir())
+
+
+def deep_picture() -> np.ndarray:
+    """A picture with every kind of 16-bit value."""
+    return np.random.default_rng(0).integers(0, 65_536, (40, 60, 3), dtype=np.uint16)
+
+
+@pytest.mark.parametrize("profile", ["none", "wide"])
+@pytest.mark.parametrize("ending", PICTURES)
+def test_sixteen_bits_stay_where_the_file_holds_them(tmp_path: Path, ending: str, profile: str) -> None:
+    tags = [(34675, 7, None, wide_profile(), True)] if profile == "wide" else []
+    values = deep_picture()
+    tifffile.imwrite(tmp_path / "photo.tif", values, photometric="rgb", extratags=tags)
+    photo = load_photo(tmp_path / "photo.tif")
+    path = tmp_path / f"out{ending}"
+    notes = save_edit(photo.pixels, path, SETTINGS, photo)
+    assert read_settings(path) == SETTINGS
+    assert ("8 bits" in "".join(notes)) == (ending not in EXACT)
+    with Image.open(path) as saved:
+        assert saved.format == PICTURES[ending] and saved.getexif()[0x0131] == "lora_unitune"
+        assert (saved.info.get("icc_profile") or None) == photo.profile
+        assert (photo.profile is not None) == (profile == "wide")
+        if ending in EXACT:
+            text = saved.info.get("XML:com.adobe.xmp") or saved.info["xmp"].decode()
+            assert "compositeWithTrainedAlgorithmicMedia" in text
+    again = load_photo(path)
+    if ending in EXACT:
+        stored = again.deep if profile == "none" else again.own
+        assert stored is not None and np.array_equal(stored, values), "its own values, in its own profile"
+        if ending != ".png":
+            assert np.array_equal(tifffile.imread(path), values), "as another reader has them"
+    else:
+        assert again.deep is None
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_in_a_profile_only_what_is_edited_is_converted(tmp_path: Path, bits: int) -> None:
+    """Colors outside of sRGB are lost by a conversion there and back; the photo's own values have them."""
+    values = deep_picture() if bits == 16 else deep_picture().astype(np.uint8)
+    tags = [(34675, 7, None, wide_profile(), True)]
+    tifffile.imwrite(tmp_path / "photo.tif", values, photometric="rgb", extratags=tags)
+    photo = load_photo(tmp_path / "photo.tif")
+    edit, white = photo.pixels.copy(), np.iinfo(photo.pixels.dtype).max
+    edit[:10] = white - edit[:10]
+    image = edit if bits == 16 else Image.fromarray(edit)
+    save_edit(image, tmp_path / "out.tif", SETTINGS, photo)
+    again = load_photo(tmp_path / "out.tif")
+    assert again.own is not None and again.own.dtype == values.dtype
+    assert np.array_equal(again.own[10:], values[10:])
+    difference = np.abs(again.pixels[:10].astype(float) - edit[:10]) / white
+    assert difference.mean() < 0.004
+
+
+@pytest.mark.parametrize(("quality", "subsampling"), [(50, 2), (80, 1), (97, 0)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_has_the_quality_of_the_photos(
+    tmp_path: Path, quality: int, subsampling: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    picture(64, 48).save(tmp_path / "photo.jpg", quality=quality, subsampling=subsampling, exif=exif)
+    photo = load_photo(tmp_path / "photo.jpg")
+    save_edit(photo.image, tmp_path / "out.jpg", SETTINGS, photo)
+    before, after = Image.open(tmp_path / "photo.jpg"), Image.open(tmp_path / "out.jpg")
+    turned = orientation == 6
+    for number, table in before.quantization.items():
+        square = np.reshape(table, (8, 8))
+        assert np.array_equal(np.reshape(after.quantization[number], (8, 8)), square.T if turned else square)
+    assert get_sampling(after) == (0 if turned and subsampling == 1 else subsampling)
+    again = np.asarray(load_photo(tmp_path / "out.jpg").image).astype(int)
+    assert np.abs(again - np.asarray(photo.image)).mean() < 1, "nearly what it was"
+
+
+def test_other_photos_become_a_jpeg_of_high_quality(tmp_path: Path) -> None:
+    save_edit(picture(), tmp_path / "out.jpg", SETTINGS, load_photo(picture()))
+    assert max(Image.open(tmp_path / "out.jpg").quantization[0]) <= 16
+
+
+def test_a_large_maker_note_is_dropped_rather_than_the_settings(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[MAKE], exif.get_ifd(EXIF)[0x927C] = "Camera", bytes(64_000)
+    picture().save(tmp_path / "photo.png", exif=exif)
+    photo = load_photo(tmp_path / "photo.png")
+    (note,) = save_edit(photo.image, tmp_path / "out.jpg", {**SETTINGS, "negative_prompt": "x" * 3000}, photo)
+    assert "camera's own EXIF entries" in note
+    assert read_settings(tmp_path / "out.jpg")["negative_prompt"] == "x" * 3000
