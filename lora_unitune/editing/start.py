@@ -81,7 +81,13 @@ def starting_point(
         allowed = None if mask is None else _read_mask(mask, read, prefixed)
         return Start(size, base.encode(pixels)[0], pixels / 2 + 0.5, read, allowed, "given", tuple(prefixed))
     if adapter is not None and adapter.photo_latents is not None:
-        return Start(size, checked_photo(adapter, base), origin="adapter")
+        own = f"the image has the base's size, {size[0]} x {size[1]}; give the photo too for its own size"
+        return Start(
+            size,
+            checked_photo(adapter, base),
+            origin="adapter",
+            notes=() if settings.size == "base" else (own,),
+        )
     if settings.strength == 1:
         lacks = "the adapter doesn't hold its photo, so this is sampled from noise alone; give the photo too"
         return Start(size, notes=(lacks,) if adapter else ())

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from lora_unitune.photo.depth import strips
 
-_LEVELS = np.linspace(0, 1, 65_536)
+_LEVELS: NDArray[np.float64] = np.linspace(0, 1, 65_536)
 _DECODED = np.where(_LEVELS <= 0.04045, _LEVELS / 12.92, ((_LEVELS + 0.055) / 1.055) ** 2.4).astype(
     np.float32
 )
@@ -127,8 +127,7 @@ def _primaries(tags: Mapping[bytes, bytes]) -> NDArray[np.float32]:
         columns = [struct.unpack(">3i", tags[name][8:20]) for name in (b"rXYZ", b"gXYZ", b"bXYZ")]
     except (KeyError, struct.error):
         raise ValueError("it is damaged") from None
-    matrix: NDArray[np.float32] = np.array(columns, np.float32).T / 65_536
-    return matrix
+    return (np.array(columns).T / 65_536).astype(np.float32)
 
 
 def _curve(tags: Mapping[bytes, bytes], name: str) -> NDArray[np.float32]:
@@ -148,8 +147,9 @@ def _curve_values(tag: bytes) -> NDArray[np.float64]:
         (count,) = struct.unpack(">I", tag[8:12])
         table = np.array(struct.unpack(f">{count}H", tag[12 : 12 + 2 * count]), np.float64)
         if count == 1:
-            return _LEVELS ** (table[0] / 256)
-        return np.interp(_LEVELS, np.linspace(0, 1, count), table / 65_535) if count else _LEVELS
+            return np.asarray(_LEVELS ** (table[0] / 256))
+        places = np.linspace(0, 1, count)
+        return np.asarray(np.interp(_LEVELS, places, table / 65_535)) if count else _LEVELS
     if tag[:4] != b"para":
         raise ValueError("its curves are of an unknown kind")
     forms: dict[int, Callable[..., tuple[float, ...]]] = {
@@ -164,6 +164,6 @@ def _curve_values(tag: bytes) -> NDArray[np.float64]:
     numbers = struct.unpack(f">{count}i", tag[12 : 12 + 4 * count])
     g, a, b, c, d, e, f = forms[kind](*(number / 65_536 for number in numbers))
     values: NDArray[np.float64] = np.where(
-        _LEVELS >= d, np.maximum(a * _LEVELS + b, 0) ** g + e, c * _LEVELS + f
+        d <= _LEVELS, np.maximum(a * _LEVELS + b, 0) ** g + e, c * _LEVELS + f
     )
     return values

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from lora_unitune.errors import PhotoError, one_line
@@ -34,8 +34,19 @@ _KEPT = {
     *range(0x9C9B, 0x9CA0),  # title, comment, author, keywords and subject of Windows
 }
 """EXIF tags that describe a photo; the others of its first block say how its own file holds the pixels."""
-_SIDES = (0xA002, 0xA003)  # width and height, before the photo was turned
+_DROPPED = (0xA002, 0xA003, 0xA005)  # width and height, before the photo was turned; a place in the file
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the image upright."""
 _WHITE = 65_535
+_DAMAGED_EXIF = "its EXIF block is damaged; what can't be read of it is dropped"
 _TRANSPARENT = "its transparent parts become white"
 
 
@@ -91,7 +102,8 @@ def load_photo(source: PhotoSource) -> Photo:
     """
     name = str(source) if isinstance(source, (str, Path)) else "the photo"
     notes: list[str] = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             name, image, low = open_image(source, notes)
@@ -103,7 +115,9 @@ def load_photo(source: PhotoSource) -> Photo:
             raise PhotoError(f"{name} doesn't fit into memory; make it smaller first") from None
         except DECODING_ERRORS as error:
             raise PhotoError(f"{name} is damaged or incomplete ({one_line(error)}); get it again") from None
-    return replace(photo, source=name, notes=tuple(notes), exif=exif, jpeg=jpeg)
+    if any(Path(each.filename).stem == "TiffImagePlugin" for each in warned):  # which reads EXIF too
+        notes.append(_DAMAGED_EXIF)
+    return replace(photo, source=name, notes=tuple(dict.fromkeys(notes)), exif=exif, jpeg=jpeg)
 
 
 def exif_of(block: bytes) -> Image.Exif:
@@ -116,13 +130,12 @@ def exif_of(block: bytes) -> Image.Exif:
 
 def _jpeg_quality(image: Image.Image) -> dict[str, Any] | None:
     """Returns the quantization and subsampling of a JPEG of three channels, for the image turned upright."""
-    tables = getattr(image, "quantization", None)
-    if not tables or image.mode != "RGB" or not isinstance(image, JpegImageFile):
+    if not isinstance(image, JpegImageFile) or image.mode != "RGB":
         return None
-    sampling, across = get_sampling(image), image.getexif().get(_ORIENTATION, 1) in range(5, 9)
-    if across:  # columns become rows; Pillow writes no halved rows alone
+    tables, sampling = image.quantization, get_sampling(image)
+    if _turn(image, []) in [_TURNS[turn] for turn in range(5, 9)]:  # its columns become rows
         tables = {each: [table[8 * (i % 8) + i // 8] for i in range(64)] for each, table in tables.items()}
-        sampling = 0 if sampling == 1 else sampling
+        sampling = 0 if sampling == 1 else sampling  # Pillow halves no rows alone
     return {"qtables": tables, "subsampling": max(0, sampling)}
 
 
@@ -133,11 +146,11 @@ def _kept_exif(image: Image.Image, notes: list[str]) -> bytes:
         exif = image.getexif()
         kept.update({tag: value for tag, value in exif.items() if tag in _KEPT})
         for block in (EXIF, GPS):
-            entries = {tag: value for tag, value in exif.get_ifd(block).items() if tag not in _SIDES}
+            entries = {tag: value for tag, value in exif.get_ifd(block).items() if tag not in _DROPPED}
             kept.get_ifd(block).update(entries)
         return kept.tobytes() if kept or any(kept.get_ifd(block) for block in (EXIF, GPS)) else b""
     except DECODING_ERRORS:
-        notes.append("its EXIF block is damaged, and dropped")
+        notes.append(_DAMAGED_EXIF)
         return b""
 
 
@@ -157,11 +170,10 @@ def _upright(image: Image.Image, low: Image.Image | None, notes: list[str]) -> P
         if image.format not in ("MPO", "HEIF"):  # a phone's photo with an embedded preview
             notes.append(f"the first of {frames} frames is used")
     image.load()
-    values, profile = depth_of(image, low), _checked_profile(image, notes)
+    values, profile, turn = depth_of(image, low), _checked_profile(image, notes), _turn(image, notes)
     if values is not None:
-        turn = image.getexif().get(_ORIENTATION, 1)
         return _deep(_upright_values(sixteen_bits(*values, notes), turn, notes), profile, notes)
-    upright = ImageOps.exif_transpose(image)
+    upright = image if turn is None else image.transpose(turn)
     if not upright.has_transparency_data:
         return _shallow(upright, None, profile)
     layered = upright.convert("RGBA")
@@ -203,8 +215,10 @@ def _deep(values: NDArray[np.uint16], profile: bytes | None, notes: list[str]) -
     return replace(photo, profile=profile, own=own) if is_rgb(profile) else photo
 
 
-def _upright_values(values: NDArray[np.uint16], turn: int, notes: list[str]) -> NDArray[np.uint16]:
-    """Turns 16-bit pixels upright by their EXIF orientation, on white: (height, width, 1) or (height, width, 3)."""
+def _upright_values(
+    values: NDArray[np.uint16], turn: Image.Transpose | None, notes: list[str]
+) -> NDArray[np.uint16]:
+    """Turns 16-bit pixels upright, on white: (height, width, 1) or (height, width, 3)."""
     values = np.atleast_3d(values)
     if values.shape[2] in (2, 4):
         values, alpha = values[..., :-1], values[..., -1:]
@@ -212,12 +226,19 @@ def _upright_values(values: NDArray[np.uint16], turn: int, notes: list[str]) -> 
             notes.append(_TRANSPARENT)
             clear = (_WHITE - values.astype(np.float32)) * (alpha / np.float32(_WHITE))
             values = (_WHITE - clear).round().astype(np.uint16)
-    turned = []
-    for channel in np.moveaxis(values, -1, 0):
-        image = Image.fromarray(np.ascontiguousarray(channel))
-        image.getexif()[_ORIENTATION] = turn
-        turned.append(np.asarray(ImageOps.exif_transpose(image)))
-    return np.stack(turned, -1)
+    if turn is None:
+        return values
+    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(values, -1, 0)]
+    return np.stack([np.asarray(channel.transpose(turn)) for channel in channels], -1)
+
+
+def _turn(image: Image.Image, notes: list[str]) -> Image.Transpose | None:
+    """Returns what turns a decoded image upright; None for nothing."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except DECODING_ERRORS:
+        notes.append(_DAMAGED_EXIF)
+        return None
 
 
 def _checked_profile(image: Image.Image, notes: list[str]) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,7 @@ def save_edit(
         exif.get_ifd(EXIF)[_COMMENT] = _ASCII + text.encode()
         notes += _made_smaller(exif, path, len(text))
     if kind == "TIFF":
-        exif[_XMP] = packet
+        exif[EXIF], exif[_XMP] = exif.get_ifd(EXIF), packet  # Pillow writes only blocks that are entries
     elif kind != "PNG":
         quality = photo.jpeg if kind == "JPEG" and photo and photo.jpeg else {"quality": 95}
         options |= {"xmp": packet, **({"subsampling": 0} if kind == "JPEG" else {}), **quality}
@@ -113,7 +114,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         SettingError: The file can't be read, or has no settings.
     """
     try:
-        with Image.open(path, formats=sorted(set(PICTURES.values()))) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=sorted(set(PICTURES.values()))) as image:
+            warnings.simplefilter("ignore")
             comment = image.getexif().get_ifd(EXIF).get(_COMMENT, b"")
             settings = json.loads(image.info[ENTRY] if ENTRY in image.info else comment[len(_ASCII) :])
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, RecursionError):

@@ -91,6 +91,7 @@ def test_each_type_says_that_it_is_edited(tmp_path: Path, ending: str, of_photo:
     with Image.open(tmp_path / f"out{ending}") as saved:
         packets = [saved.info.get(name, "") for name in ("xmp", "XML:com.adobe.xmp")]
         assert any(word in (each.decode() if isinstance(each, bytes) else each) for each in packets)
+    assert read_settings(tmp_path / f"out{ending}") == SETTINGS
 
 
 @pytest.mark.parametrize("ending", PICTURES)
