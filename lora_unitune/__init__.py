@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_unitune.errors import UnituneError as UnituneError
     from lora_unitune.families import load_base as load_base
     from lora_unitune.families.location import locate_base as locate_base
+    from lora_unitune.photo.provenance import find_signer as find_signer
     from lora_unitune.photo.writing import read_settings as read_settings
     from lora_unitune.recipe import Recipe as Recipe
     from lora_unitune.training.fit import fit as fit
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "compress": "adapter.compress",
     "convert": "adapter.convert",
     "describe": "adapter.describe",
+    "find_signer": "photo.provenance",
     "fit": "training.fit",
     "load_base": "families",
     "locate_base": "families.location",

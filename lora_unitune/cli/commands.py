@@ -35,6 +35,7 @@ from lora_unitune.cli.options import (
     seed_option,
     set_option,
     settings_options,
+    sign_options,
 )
 from lora_unitune.cli.terminal import (
     Commands,
@@ -199,6 +200,7 @@ def fit_command(
     type=FILE,
     help="With --photo: an image whose white parts may change, gray ones partly, and black ones not at all.",
 )
+@sign_options
 @click.option("--keep-gps", is_flag=True, help="Keep the position that the photo was taken at in the image.")
 @click.option(
     "--trigger",
@@ -267,6 +269,9 @@ def edit_command(
     for path in paths.values():
         check_apart(path)
         check_output(path, overwrite)
+    from lora_unitune import find_signer
+
+    signer = find_signer(settings.pop("sign_cert"), settings.pop("sign_key"))
     images: list[dict[str, Any]] = []
     try:
         with progress() as display:
@@ -289,7 +294,7 @@ def edit_command(
                     for edit in batch:
                         path = paths[edit.settings["seed"]]
                         with writing(path):
-                            saved = edit.save(path, overwrite=overwrite, keep_gps=keep_gps)
+                            saved = edit.save(path, overwrite, keep_gps, signer)
                         if not as_json:
                             print_notes((*(() if images else edit.notes), *saved))
                             click.echo(f"{path}: {edit.seconds:.1f} s")

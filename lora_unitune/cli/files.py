@@ -83,8 +83,9 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
 def _show_settings(picture: str, as_json: bool) -> None:
     """Prints the settings that a picture was made with."""
     from lora_unitune import read_settings
+    from lora_unitune.photo.provenance import read_signature
 
-    settings = read_settings(picture)
+    settings = {**read_settings(picture), **(read_signature(picture) or {})}
     if as_json:
         click.echo(json.dumps(settings))
         return

@@ -204,6 +204,25 @@ device_option = click.option(
     help="Device to run on; auto takes a GPU if one is available.",
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
+_sign_cert = click.option(
+    "--sign-cert",
+    metavar="FILE",
+    type=FILE,
+    help="Sign each image by C2PA, with these certificates (PEM); without it, those in C2PA_SIGN_CERT, if any.",
+)
+_sign_key = click.option(
+    "--sign-key",
+    metavar="FILE",
+    type=FILE,
+    help="The private key (PEM) of --sign-cert; without it, that in C2PA_PRIVATE_KEY.",
+)
+
+
+def sign_options(command: F) -> F:
+    """Adds the options for what signs an image."""
+    return _sign_cert(_sign_key(command))
+
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
 )

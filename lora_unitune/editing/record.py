@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_unitune.editing.start import Start
     from lora_unitune.families import Base
     from lora_unitune.photo.composition import Changes
+    from lora_unitune.photo.provenance import Signer
     from lora_unitune.photo.reading import Photo
 
 _BEFORE = {"clip_skip": 1, "residual": False, "details": False, "least_change": 0.0, "size": "base"}
@@ -60,7 +61,13 @@ class Edit:
         together = {**settings, **self.settings}
         return dataclasses.replace(self, settings=together, seconds=seconds, notes=(*notes, *self.notes))
 
-    def save(self, path: str | Path, overwrite: bool = False, keep_gps: bool = False) -> tuple[str, ...]:
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        keep_gps: bool = False,
+        signer: Signer | None = None,
+    ) -> tuple[str, ...]:
         """Writes the image with the settings, which `read_settings` reads, as the end of its name says.
 
         PNG and TIFF are exact, with 16 bits if the photo has them. A JPEG has the quality of the photo's; without
@@ -71,6 +78,7 @@ class Edit:
             path: Path of the file; its name ends in .png, .jpg, .webp, .tif or .avif.
             overwrite: Whether an existing file may be replaced.
             keep_gps: Whether the position that the photo was taken at is kept.
+            signer: What signs the file by C2PA, from `find_signer`; None leaves it unsigned.
 
         Returns:
             Notes for the user on what the file doesn't hold.
@@ -79,7 +87,7 @@ class Edit:
             OutputError: The file already exists, its name ends otherwise, or it can't be written.
         """
         image = self.image if self.deep is None else self.deep
-        return save_edit(image, path, self.settings, self.photo, keep_gps, overwrite)
+        return save_edit(image, path, self.settings, self.photo, keep_gps, overwrite, signer)
 
 
 def repeatable(

@@ -19,6 +19,7 @@ from lora_unitune.errors import OutputError, SettingError
 from lora_unitune.output import PICTURES, write_atomically
 from lora_unitune.photo.depth import eight_bits, strips
 from lora_unitune.photo.profiles import DeepProfile, in_profile
+from lora_unitune.photo.provenance import COMPOSITE, GENERATED, SOURCES, Signer
 from lora_unitune.photo.reading import EXIF, GPS, Photo, exif_of
 
 ENTRY = "lora_unitune"
@@ -28,7 +29,6 @@ _SOFTWARE, _COMMENT, _MAKER_NOTE = 0x0131, 0x9286, 0x927C  # EXIF: Software, Use
 _XMP, _PROFILE = 700, 34_675  # TIFF
 _ASCII = b"ASCII\0\0\0"
 _LARGEST_EXIF = 65_000  # bytes that fit into a JPEG's segment
-_SOURCES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
@@ -44,6 +44,7 @@ def save_edit(
     photo: Photo | None = None,
     keep_gps: bool = False,
     overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> tuple[str, ...]:
     """Writes an edited image as the end of its name says, with the settings of the edit.
 
@@ -58,6 +59,7 @@ def save_edit(
         photo: The photo that was edited, whose own size the image has; None for an image of the base's size.
         keep_gps: Whether the position that the photo was taken at is kept.
         overwrite: Whether an existing file may be replaced.
+        signer: What signs the file, from `find_signer`; None leaves it unsigned.
 
     Returns:
         Notes for the user on what the file doesn't hold.
@@ -73,8 +75,7 @@ def save_edit(
     if not keep_gps:
         exif.get_ifd(GPS).clear()
         exif.pop(GPS, None)
-    source = "trainedAlgorithmicMedia" if photo is None else "compositeWithTrainedAlgorithmicMedia"
-    packet = _PACKET.format(source=_SOURCES + source).encode()
+    packet = _PACKET.format(source=SOURCES + (GENERATED if photo is None else COMPOSITE)).encode()
     values = image if isinstance(image, np.ndarray) else np.asarray(image)
     if values.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
         values = eight_bits(values)
@@ -95,12 +96,17 @@ def save_edit(
     elif kind != "PNG":
         quality = photo.jpeg if kind == "JPEG" and photo and photo.jpeg else {"quality": 95}
         options |= {"xmp": packet, **({"subsampling": 0} if kind == "JPEG" else {}), **quality}
-    if values.dtype == np.uint16:
-        write = _write_deep_png if kind == "PNG" else _write_deep_tiff
-        write_atomically(path, lambda temporary: write(temporary, values, **options), overwrite)
-    else:
-        eight = Image.fromarray(values)
-        write_atomically(path, lambda temporary: eight.save(temporary, format=kind, **options), overwrite)
+
+    def write(temporary: Path) -> None:
+        if values.dtype == np.uint8:
+            Image.fromarray(values).save(temporary, format=kind, **options)
+        else:
+            (_write_deep_png if kind == "PNG" else _write_deep_tiff)(temporary, values, **options)
+        if signer is not None:
+            of = None if photo is None else photo.source
+            temporary.write_bytes(signer.signed(temporary.read_bytes(), kind, Path(path).name, of))
+
+    write_atomically(path, write, overwrite)
     return tuple(notes)
 
 
