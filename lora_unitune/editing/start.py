@@ -103,7 +103,7 @@ def _read_mask(source: PhotoSource, photo: Photo, notes: list[str]) -> Image.Ima
     Raises:
         PhotoError: It has another shape than the photo, or no part that may change.
     """
-    read = load_photo(source)
+    read = load_photo(source, background=0)  # what isn't painted white stays
     mask, (width, height) = read.image.convert("L"), photo.image.size
     if abs(mask.width * height - mask.height * width) > 0.02 * mask.height * width:
         raise PhotoError(

@@ -47,7 +47,6 @@ _TURNS = {
 """EXIF orientation -> what turns the image upright."""
 _WHITE = 65_535
 _DAMAGED_EXIF = "its EXIF block is damaged; what can't be read of it is dropped"
-_TRANSPARENT = "its transparent parts become white"
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,12 @@ class Photo:
         return digest.hexdigest()[:32]
 
 
-def load_photo(source: PhotoSource) -> Photo:
+def load_photo(source: PhotoSource, background: int = 255) -> Photo:
     """Reads a photo, upright and in sRGB.
 
     Args:
         source: Path of an image file, its bytes, an open file, or a PIL image.
+        background: What transparent parts become: 255 for white, or 0 for black.
 
     Returns:
         The photo at its own size, with a note for each change. A JPEG that is too large to decode safely is read at
@@ -108,7 +108,7 @@ def load_photo(source: PhotoSource) -> Photo:
         try:
             name, image, low = open_image(source, notes)
             jpeg = _jpeg_quality(image)
-            photo, exif = _upright(image, low, notes), _kept_exif(image, notes)
+            photo, exif = _upright(image, low, background, notes), _kept_exif(image, notes)
         except PhotoError:
             raise
         except MemoryError:
@@ -162,8 +162,8 @@ def photo_to_tensor(photo: Photo) -> Tensor:
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def _upright(image: Image.Image, low: Image.Image | None, notes: list[str]) -> Photo:
-    """Decodes the first frame and returns it upright, in sRGB, on white."""
+def _upright(image: Image.Image, low: Image.Image | None, background: int, notes: list[str]) -> Photo:
+    """Decodes the first frame and returns it upright, in sRGB, on a background of white or black."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         image.seek(0)
@@ -172,30 +172,32 @@ def _upright(image: Image.Image, low: Image.Image | None, notes: list[str]) -> P
     image.load()
     values, profile, turn = depth_of(image, low), _checked_profile(image, notes), _turn(image, notes)
     if values is not None:
-        return _deep(_upright_values(sixteen_bits(*values, notes), turn, notes), profile, notes)
+        deep = _opaque(sixteen_bits(*values, notes), background, notes)
+        return _deep(deep if turn is None else _turned(deep, turn), profile, notes)
     upright = image if turn is None else image.transpose(turn)
-    if not upright.has_transparency_data:
-        return _shallow(upright, None, profile)
-    layered = upright.convert("RGBA")
-    alpha = layered.getchannel("A")
-    if np.asarray(alpha).min() < 255:
-        notes.append(_TRANSPARENT)
-    return _shallow(upright.convert("L") if upright.mode == "LA" else layered.convert("RGB"), alpha, profile)
+    alpha = None
+    if upright.has_transparency_data:
+        layered = upright.convert("RGBA")
+        alpha = layered.getchannel("A")
+        upright = upright.convert("L") if upright.mode == "LA" else layered.convert("RGB")
+        if np.asarray(alpha).min() == 255:
+            alpha = None
+        else:
+            notes.append(_transparent(background))
+    return _shallow(upright, alpha, background, profile)
 
 
-def _shallow(image: Image.Image, alpha: Image.Image | None, profile: bytes | None) -> Photo:
+def _shallow(image: Image.Image, alpha: Image.Image | None, background: int, profile: bytes | None) -> Photo:
     """Returns the photo of an image of 8 bits."""
-    srgb, own = in_srgb(image, profile), None
-    if is_rgb(profile) and image.mode not in ("CMYK", "LAB"):
-        own = image.convert("RGB")
-    if alpha is not None:
-        srgb = _on_white(srgb, alpha)
-        own = own and _on_white(own, alpha)
-    return Photo(srgb, "") if own is None else Photo(srgb, "", profile=profile, own=np.asarray(own))
 
+    def laid(layer: Image.Image) -> Image.Image:
+        below = Image.new("RGB", layer.size, (background,) * 3)
+        return layer if alpha is None else Image.composite(layer, below, alpha)
 
-def _on_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
-    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    srgb = laid(in_srgb(image, profile))
+    if not is_rgb(profile) or image.mode in ("CMYK", "LAB"):
+        return Photo(srgb, "")
+    return Photo(srgb, "", profile=profile, own=np.asarray(laid(image.convert("RGB"))))
 
 
 def _deep(values: NDArray[np.uint16], profile: bytes | None, notes: list[str]) -> Photo:
@@ -210,24 +212,30 @@ def _deep(values: NDArray[np.uint16], profile: bytes | None, notes: list[str]) -
             f"its values are rounded to 8 bits: its color profile can't be used at 16, since {error}"
         )
         small = Image.fromarray(eight_bits(own))
-        return _shallow(small if is_rgb(profile) else small.convert("L"), None, profile)
+        return _shallow(small if is_rgb(profile) else small.convert("L"), None, 255, profile)
     photo = Photo(Image.fromarray(eight_bits(deep)), "", deep=deep)
     return replace(photo, profile=profile, own=own) if is_rgb(profile) else photo
 
 
-def _upright_values(
-    values: NDArray[np.uint16], turn: Image.Transpose | None, notes: list[str]
-) -> NDArray[np.uint16]:
-    """Turns 16-bit pixels upright, on white: (height, width, 1) or (height, width, 3)."""
+def _opaque(values: NDArray[np.uint16], background: int, notes: list[str]) -> NDArray[np.uint16]:
+    """Lays 16-bit pixels on a background, if they have an alpha channel: (height, width, 1) or (height, width, 3)."""
     values = np.atleast_3d(values)
-    if values.shape[2] in (2, 4):
-        values, alpha = values[..., :-1], values[..., -1:]
-        if alpha.min() < _WHITE:
-            notes.append(_TRANSPARENT)
-            clear = (_WHITE - values.astype(np.float32)) * (alpha / np.float32(_WHITE))
-            values = (_WHITE - clear).round().astype(np.uint16)
-    if turn is None:
+    if values.shape[2] in (1, 3):
         return values
+    values, alpha = values[..., :-1], values[..., -1:]
+    if alpha.min() == _WHITE:
+        return values
+    notes.append(_transparent(background))
+    share, below = alpha / np.float32(_WHITE), np.float32(257 * background)
+    laid: NDArray[np.uint16] = (below + (values - below) * share).round().astype(np.uint16)
+    return laid
+
+
+def _transparent(background: int) -> str:
+    return f"its transparent parts become {'white' if background else 'black'}"
+
+
+def _turned(values: NDArray[np.uint16], turn: Image.Transpose) -> NDArray[np.uint16]:
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(values, -1, 0)]
     return np.stack([np.asarray(channel.transpose(turn)) for channel in channels], -1)
 

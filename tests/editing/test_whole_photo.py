@@ -72,6 +72,16 @@ def test_a_mask_of_another_size_is_scaled(editor: Editor, adapter: Adapter) -> N
     assert any("scaled from 45 x 30" in note for note in edit.notes)
 
 
+def test_transparent_parts_of_a_mask_do_not_change(editor: Editor, adapter: Adapter) -> None:
+    photo, mask = picture(90, 60), Image.new("RGBA", (90, 60), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (45, 0, 90, 60))
+    edits = [
+        editor.edit(adapter, "a fox", photo=photo, strength=0.9, mask=each) for each in (mask, half(90, 60))
+    ]
+    assert edits[0].image.tobytes() == edits[1].image.tobytes()
+    assert "the mask: its transparent parts become black" in edits[0].notes
+
+
 def test_masks_that_cannot_be_used_are_refused(editor: Editor, adapter: Adapter) -> None:
     photo = picture(90, 60)
     for mask, message in (
