@@ -2,15 +2,18 @@
 
     python -m benchmarks.details lights FOLDER -o benchmarks/results/details/lights.json
     python -m benchmarks.details edits -o benchmarks/results/details/edits.json
+    python -m benchmarks.details turns -o benchmarks/results/details/turns.json
 
 The first changes the light of real photos by functions, at the photo's size and at the base's: how much of the truth
 `photo/composition.py` restores, if the base's own edit were right. The second fits scenes of the test lists, rendered
-at eight times the base's size, and edits them. "Enlarged" is the base's own image, enlarged.
+at eight times the base's size, and edits them. "Enlarged" is the base's own image, enlarged. The third edits such
+scenes six times in sequence, each time something local: how much stays of what nobody touched.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,21 +25,24 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_unitune import Editor, fit
+from lora_unitune import Edit, Editor, History, fit
 from lora_unitune.output import write_atomically
 from lora_unitune.photo.composition import compose, find_changes
 from lora_unitune.photo.framing import choose_size, frame, seen_part
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
-from lora_unitune.pocket.world import SIDE, Scene, render
+from lora_unitune.pocket.world import COMPANIONS, SIDE, Change, Scene, counterfactual, render
 from lora_unitune.pocket.world.drawing import LIGHT, SEPIA
+from lora_unitune.pocket.world.sprites import OBJECTS
 from lora_unitune.settings import PhotoSettings
 
 from .counterfactual.measures import interval, psnr
-from .counterfactual.pairs import TEST, Pair, draw_pairs
+from .counterfactual.pairs import TEST, Pair, draw_pairs, scenes
 from .counterfactual.run import noise_seeds, photos
 from .origin import origin
 
 SCALE = 8
+FIELDS = {"object": OBJECTS, "companion": COMPANIONS}
+"""What the turns change, in turn."""
 SMALLEST = 1024  # pixels of a photo's shorter side
 Values = NDArray[np.float64]
 
@@ -80,11 +86,19 @@ def expected(pair: Pair) -> tuple[str, ...]:
     return ("local", "both", "restyled") if pair.kind == "place" else ("local",)
 
 
-def kept_bytes(photo: NDArray[np.uint8], truth: NDArray[np.uint8], edit: NDArray[np.uint8]) -> float:
-    """The share of the pixels that an edit keeps exactly, outside of what the truth changes, grown by two latents."""
+def outside_of_truth(photo: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """The pixels, (h, w), outside of what the truth changes, grown by two latents."""
     changes = torch.from_numpy((np.abs(photo.astype(int) - truth).max(2) > 2).astype(np.float32))
     cells = F.max_pool2d(changes[None, None], SCALE)
-    outside = F.interpolate(F.max_pool2d(cells, 5, 1, 2), scale_factor=SCALE)[0, 0].numpy() == 0
+    outside: NDArray[np.bool_] = (
+        F.interpolate(F.max_pool2d(cells, 5, 1, 2), scale_factor=SCALE)[0, 0].numpy() == 0
+    )
+    return outside
+
+
+def kept_bytes(photo: NDArray[np.uint8], truth: NDArray[np.uint8], edit: NDArray[np.uint8]) -> float:
+    """The share of the pixels that an edit keeps exactly, outside of what the truth changes, grown by two latents."""
+    outside = outside_of_truth(photo, truth)
     return float((edit == photo).all(2)[outside].mean()) if outside.any() else float("nan")
 
 
@@ -172,6 +186,62 @@ def run_edits(count: int, output: Path) -> None:
             "rows": rows,
         },
     )
+
+
+@main.command("turns")
+@click.option("--photos", "count", default=6, show_default=True, type=click.IntRange(1))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False))
+def run_turns(count: int, output: Path) -> None:
+    """Six local edits in sequence of scenes of the test list, at eight times the base's size."""
+    editor, rows = Editor("pocket"), list[dict[str, Any]]()
+    for number, scene in enumerate(scenes(TEST["known"], count)):
+        rng, photo = random.Random(f"turns {number}"), render(scene, SIDE * SCALE)
+        values = np.asarray(photo)
+        outside, untouched = np.ones(values.shape[:2], bool), np.ones(values.shape[:2], bool)
+        editor.release()
+        history = History(editor, fit(photo, base=editor.base, seed=0), photo)
+        for field in ("object", "companion") * 3:
+            choices = [each for each in FIELDS[field] if each not in (scene.object, scene.companion)]
+            truth = counterfactual(scene, Change(field, value := rng.choice(choices)))
+            prompt = f"{'an' if value[0] in 'aeiou' else 'a'} {value}"
+            edit = history.edit(prompt if field == "object" else f"and {prompt}", seed=number)
+            before, after = (np.asarray(render(each, SIDE * SCALE)) for each in (scene, truth.scene))
+            outside &= outside_of_truth(before, after)
+            untouched &= left_alone(edit)
+            scene = truth.scene
+        image = np.asarray(edit.image)
+        row = {
+            "prompts": [turn.settings["prompt"] for turn in history.turns],
+            "kinds": [turn.changes.kind for turn in history.turns if turn.changes],
+            "outside_psnr": round(likeness(values[outside], image[outside]), 2),
+            "outside_kept": round(float((values == image).all(2)[outside].mean()), 4),
+            "untouched": round(float(untouched.mean()), 4),
+            "untouched_is_exact": bool((values == image).all(2)[untouched].all()),
+        }
+        rows.append(row)
+        click.echo(f"{number}: {row}", err=True)
+    psnrs = [row["outside_psnr"] for row in rows]
+    result = {
+        "made": origin(editor.base.device),
+        "outside_psnr": _summary(psnrs),
+        "photos_at_45_db": sum(psnr >= 45 for psnr in psnrs),
+        "outside_kept": _summary([row["outside_kept"] for row in rows]),
+        "untouched_is_exact": all(row["untouched_is_exact"] for row in rows),
+        "rows": rows,
+    }
+    _write(output, result)
+
+
+def left_alone(edit: Edit) -> NDArray[np.bool_]:
+    """The pixels, (h, w), of which an edit itself says that it doesn't change them."""
+    changes, (width, height) = edit.changes, edit.image.size
+    assert changes is not None
+    identity = torch.eye(3)[None, :, :, None, None]
+    moved = (changes.matrix - identity).abs().flatten(1, 2).amax(1) + changes.offset.abs().amax(1)
+    touched = ((moved + changes.replaced[:, 0] > 0) | (changes.kind == "restyled")).float()[:, None]
+    grown = F.interpolate(F.max_pool2d(touched, 3, 1, 1), (height, width))
+    alone: NDArray[np.bool_] = grown[0, 0].numpy() == 0
+    return alone
 
 
 def _measured(pair: Pair, photo: NDArray[np.uint8], edit: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_unitune.adapter.describe import describe as describe
     from lora_unitune.adapter.stack import stacked as stacked
     from lora_unitune.editing.editor import Editor as Editor
+    from lora_unitune.editing.history import History as History
     from lora_unitune.editing.record import Edit as Edit
     from lora_unitune.errors import AdapterFileError as AdapterFileError
     from lora_unitune.errors import BaseModelError as BaseModelError
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "Adapter": "adapter.adapter",
     "Edit": "editing.record",
     "Editor": "editing.editor",
+    "History": "editing.history",
     "Recipe": "recipe",
     "compress": "adapter.compress",
     "convert": "adapter.convert",

@@ -31,7 +31,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SHELL = [line for language, text in BLOCKS if language in ("", "sh", "bash") for line in text.splitlines()]
 PROGRAMS = [text for language, text in BLOCKS if language == "python"]
-MAIN = ("fit", "edit", "inspect", "convert", "compress")
+MAIN = ("fit", "edit", "repeat", "inspect", "convert", "compress")
 
 
 def commands_in(lines: list[str]) -> list[list[str]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_unitune import BaseModelError, __version__
+from lora_unitune import __version__
+from lora_unitune.cli.editing import edit_command, repeat_command
 from lora_unitune.cli.files import (
     compress_command,
     convert_command,
@@ -21,10 +19,6 @@ from lora_unitune.cli.imports import load_libraries
 from lora_unitune.cli.options import (
     FILE,
     FOLDER,
-    TEXT,
-    Share,
-    adapter_argument,
-    base_option,
     device_option,
     fit_base_option,
     json_option,
@@ -35,26 +29,16 @@ from lora_unitune.cli.options import (
     seed_option,
     set_option,
     settings_options,
-    sign_options,
 )
 from lora_unitune.cli.terminal import (
     Commands,
     bytes_text,
-    check_apart,
     print_notes,
     progress,
     shown,
-    uninterrupted,
     writing,
 )
-from lora_unitune.output import PICTURES
-from lora_unitune.settings import EditSettings, FitSettings
-
-_BATCH = 4
-"""Batch size of `edit -n`: twice as fast as single images, while the first ones are still available early."""
-
-if TYPE_CHECKING:
-    from lora_unitune import Adapter, Edit
+from lora_unitune.settings import FitSettings
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -76,7 +60,15 @@ def main() -> None:
     """
 
 
-for _command in (inspect_command, convert_command, strip_command, compress_command, push_command):
+for _command in (
+    edit_command,
+    repeat_command,
+    inspect_command,
+    convert_command,
+    strip_command,
+    compress_command,
+    push_command,
+):
     main.add_command(_command)
 
 
@@ -164,145 +156,6 @@ def fit_command(
         f"{adapter.rare_tokens!r}, loss {adapter.history[0]:.4f} to {adapter.history[-1]:.4f}"
     )
     click.echo(f"{output}: read by {readers(summary)}")
-
-
-@main.command("edit")
-@adapter_argument
-@click.argument("prompt", metavar="PROMPT", type=TEXT)
-@output_option("FILE", "The PNG, JPEG, WebP, TIFF or AVIF to write; see -n.", *PICTURES)
-@click.option(
-    "-n",
-    "--count",
-    type=click.IntRange(1, 10_000),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Number of images, with consecutive seeds; for more than one, out.png becomes out-SEED.png.",
-)
-@seed_option
-@click.option(
-    "--negative-prompt",
-    type=TEXT,
-    default="",
-    metavar="TEXT",
-    help="Negative prompt: what the image should not show.",
-)
-@settings_options(EditSettings)
-@click.option(
-    "--photo",
-    metavar="PHOTO",
-    type=FILE,
-    help="The photo to start from, instead of the one in ADAPTER; the image gets its size and its fine detail.",
-)
-@click.option(
-    "--mask",
-    metavar="FILE",
-    type=FILE,
-    help="With --photo: an image whose white parts may change, gray ones partly, and black ones not at all.",
-)
-@sign_options
-@click.option("--keep-gps", is_flag=True, help="Keep the position that the photo was taken at in the image.")
-@click.option(
-    "--trigger",
-    type=TEXT,
-    metavar="WORDS",
-    help='Trigger words of the adapter, if ADAPTER doesn\'t store them; "" if it needs none.',
-)
-@click.option(
-    "--lora",
-    "loras",
-    metavar="FILE",
-    type=FILE,
-    multiple=True,
-    help="Another LoRA for the same base, such as one of a style, added to ADAPTER; its trigger words belong in "
-    "PROMPT. May be repeated.",
-)
-@click.option(
-    "--lora-scale",
-    type=Share(0, 4),
-    default=1.0,
-    show_default=True,
-    metavar="X",
-    help="Scale of each --lora.",
-)
-@base_option
-@device_option
-@overwrite_option
-@json_option
-def edit_command(
-    adapter: str,
-    prompt: str,
-    output: str,
-    count: int,
-    seed: int,
-    negative_prompt: str,
-    photo: str | None,
-    mask: str | None,
-    keep_gps: bool,
-    trigger: str | None,
-    loras: tuple[str, ...],
-    lora_scale: float,
-    base: str | None,
-    device: str,
-    overwrite: bool,
-    as_json: bool,
-    **settings: Any,
-) -> None:
-    """Edit the photo of ADAPTER according to PROMPT.
-
-    ADAPTER is a file that fit wrote, or hub://OWNER/NAME. PROMPT describes the edit alone: the rare tokens of
-    the photo are stored in the file, and so are the default settings. Each image stores all settings that it was
-    made with. A LoRA of another tool (a kohya or diffusers file, or a PEFT folder) needs --trigger and --base.
-
-    \b
-    Examples:
-      lora-unitune edit photo.safetensors "a fox at night" -o out.jpg --photo photo.jpg
-      lora-unitune edit photo.safetensors "a red balloon" -o out.png --photo photo.jpg --mask sky.png
-      lora-unitune edit photo.safetensors "a fox at night" -o out.png -n 4 --guidance 4
-      lora-unitune edit photo.safetensors "a pencil sketch" -o out.png --strength 0.8
-    """
-    from lora_unitune.output import check_output
-
-    seeds, out = range(seed, seed + count), Path(output)
-    many = count > 1
-    paths = {each: out.with_name(f"{out.stem}-{each}{out.suffix}") if many else out for each in seeds}
-    for path in paths.values():
-        check_apart(path)
-        check_output(path, overwrite)
-    from lora_unitune import find_signer
-
-    signer = find_signer(settings.pop("sign_cert"), settings.pop("sign_key"))
-    images: list[dict[str, Any]] = []
-    try:
-        with progress() as display:
-            display.show("loading the base", 0, 1)
-            from lora_unitune import Adapter, stacked
-
-            opened = Adapter.load(adapter, trigger)
-            for each in loras:
-                opened = stacked(opened, Adapter.load(each, ""), lora_scale)
-            files = located(_base_for(opened, base))
-            load_libraries()
-            from lora_unitune import Editor
-
-            editor = Editor(files, device=device)
-            display.show("editing", 0, count)
-            given = {"negative_prompt": negative_prompt, "photo": photo, "mask": mask}
-            options = {"batch_size": _BATCH, **given, **settings}
-            for batch in editor.batches(opened, prompt, seeds, **options):
-                with display.aside(), uninterrupted():  # what is sampled is saved
-                    for edit in batch:
-                        path = paths[edit.settings["seed"]]
-                        with writing(path):
-                            saved = edit.save(path, overwrite, keep_gps, signer)
-                        if not as_json:
-                            print_notes((*(() if images else edit.notes), *saved))
-                            click.echo(f"{path}: {edit.seconds:.1f} s")
-                        images.append(_as_json(edit, path, saved))
-                display.show("editing", len(images), count)
-    finally:
-        if as_json and images:
-            click.echo(json.dumps({"adapter": adapter, "images": images}))
 
 
 @main.command("doctor")
@@ -400,23 +253,3 @@ def demo_command(
     click.echo(
         json.dumps(summary) if as_json else f"{summary['contact_sheet']}: done in {summary['seconds']:.0f} s"
     )
-
-
-def _base_for(adapter: Adapter, base: str | None) -> str:
-    """Returns the base to edit with. An untrusted file may name any model, so it is never downloaded by default."""
-    if base or adapter.base == "pocket":
-        return base or adapter.base
-    raise BaseModelError(
-        f"the adapter was fitted on base {adapter.base!r}; say where that is with --base FOLDER, FILE or HUB_ID"
-    )
-
-
-def _as_json(edit: Edit, path: Path, saved: Sequence[str]) -> dict[str, Any]:
-    """Returns the entry of one edit in the output of --json."""
-    return {
-        "path": str(path),
-        "size": list(edit.image.size),
-        "seconds": edit.seconds,
-        "notes": [*edit.notes, *saved],
-        "settings": edit.settings,
-    }

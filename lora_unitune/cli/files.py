@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -83,15 +83,27 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
 def _show_settings(picture: str, as_json: bool) -> None:
     """Prints the settings that a picture was made with."""
     from lora_unitune import read_settings
+    from lora_unitune.editing.record import turns_of
     from lora_unitune.photo.provenance import read_signature
 
     settings = {**read_settings(picture), **(read_signature(picture) or {})}
     if as_json:
         click.echo(json.dumps(settings))
         return
+    *earlier, last = turns_of(settings)
+    for number, turn in enumerate(earlier, 1):
+        other = {name: value for name, value in turn.items() if name not in last or last[name] != value}
+        click.echo(f"turn {number}")
+        _print_settings({"prompt": turn.get("prompt"), **other}, "  ")
+    if earlier:
+        click.echo(f"turn {len(earlier) + 1}, with the settings that all have")
+    _print_settings(last, "  " if earlier else "")
+
+
+def _print_settings(settings: dict[str, Any], before: str) -> None:
     for name, value in settings.items():
         text = f"{value:g}" if isinstance(value, float) else shown(value) or "none"
-        click.echo(f"{name.replace('_', ' '):<18}{text}")
+        click.echo(f"{before}{name.replace('_', ' '):<18}{text}")
 
 
 @command("convert")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,26 +13,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.cache import AdapterCache
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.suits import check_fits, checked_photo
-from lora_unitune.editing.failures import are_finite, not_finite, out_of_memory
+from lora_unitune.editing.batches import in_batches
+from lora_unitune.editing.failures import are_finite, not_finite
 from lora_unitune.editing.finish import finished
-from lora_unitune.editing.prompts import checked_text, complete_prompt, prompt_notes, settings_notes
-from lora_unitune.editing.record import Edit, recorded, repeatable, to_image
-from lora_unitune.editing.sampling import doubt, sample_edit
-from lora_unitune.editing.start import Start, chosen_settings, starting_point
-from lora_unitune.errors import PromptError, SettingError
-from lora_unitune.families import Base, BaseFiles, Condition, joined, load_base
+from lora_unitune.editing.prompts import check_prompt, checked_text
+from lora_unitune.editing.record import Edit, as_one, check_same, repeatable, to_image
+from lora_unitune.editing.request import Request, requested
+from lora_unitune.editing.sampling import conditions, doubt, sample_edit
+from lora_unitune.editing.start import Start, check_starts_from_photo, chosen_settings
+from lora_unitune.errors import SettingError
+from lora_unitune.families import Base, BaseFiles, load_base
 from lora_unitune.photo.details import restore
 from lora_unitune.photo.opening import PhotoSource
+from lora_unitune.photo.reading import Photo
 from lora_unitune.settings import EditSettings, check_whole
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_CPU_BATCH_PIXELS = 2**18  # maximum number of pixels in a batch on a CPU
 _RECONSTRUCTION = {"guidance": 1.0, "strength": 1.0, "residual": False, "details": False}
 
 
@@ -89,8 +88,9 @@ class Editor:
         prompt: str,
         *,
         negative_prompt: str | None = "",
-        photo: PhotoSource | None = None,
+        photo: PhotoSource | Photo | Edit | None = None,
         mask: PhotoSource | None = None,
+        then: str | Sequence[str] = (),
         seed: int = 0,
         **settings: Any,
     ) -> Edit:
@@ -101,8 +101,10 @@ class Editor:
                 rare tokens.
             prompt: Description of the edited image; the rare tokens are prepended.
             negative_prompt: Prompt of the unconditional prediction of guidance, instead of the empty prompt.
-            photo: The photo to start from, instead of the one in the adapter file; the image has its size.
+            photo: The photo to start from, instead of the one in the adapter file; the image has its size. Or an
+                edit, to edit that.
             mask: An image of the photo's shape: white parts may change, gray ones partly, black ones don't.
+            then: Prompts of further turns, each of which edits the edit before it.
             seed: Seed of the noise.
             **settings: Fields of `settings.EditSettings`, such as guidance=4 or strength=0.8; the
                 others default to the adapter's recipe.
@@ -114,7 +116,12 @@ class Editor:
             PhotoError: The photo can't be read.
             DeviceError: The device runs out of memory.
         """
-        given: dict[str, Any] = {"negative_prompt": negative_prompt, "photo": photo, "mask": mask}
+        given: dict[str, Any] = {
+            "negative_prompt": negative_prompt,
+            "photo": photo,
+            "mask": mask,
+            "then": then,
+        }
         return next(self.edits(adapter, prompt, [seed], **given, **settings))
 
     def edit_many(
@@ -178,18 +185,25 @@ class Editor:
         seeds: Sequence[int],
         *,
         negative_prompt: str | None = "",
-        photo: PhotoSource | None = None,
+        photo: PhotoSource | Photo | Edit | None = None,
         mask: PhotoSource | None = None,
+        then: str | Sequence[str] = (),
         batch_size: int = 1,
         **settings: Any,
     ) -> Iterator[list[Edit]]:
         """Yields the edits of each batch as soon as it is sampled; arguments and errors are those of `edits`."""
-        if not checked_text("prompt", prompt).strip():
-            raise PromptError("the prompt is empty; say in a few words what the photo should become")
         if isinstance(seeds, int):
             raise SettingError(f"seeds = {seeds} isn't allowed; give a list, such as [{seeds}]")
         check_whole("batch_size", batch_size, 1)
-        yield from self._run(adapter, prompt, negative_prompt, photo, seeds, settings, batch_size, mask=mask)
+        turns = [then] if isinstance(then, str) else list(then)
+        for text in (prompt, *turns):
+            check_prompt(text)
+        arguments = (negative_prompt, mask, settings)
+        request = self._requested(adapter, prompt, photo, *arguments)
+        if turns:
+            check_starts_from_photo(chosen_settings(self.base, request.adapter, True, settings))
+        for batch in self._run(request, seeds, batch_size):
+            yield [self._continued(edit, request, turns, *arguments) for edit in batch] if turns else batch
 
     def reconstruct(
         self,
@@ -213,7 +227,7 @@ class Editor:
             UnituneError: As for `edit`.
         """
         settings = {"steps": steps, "adapter_scale": adapter_scale, **_RECONSTRUCTION}
-        ((edit,),) = self._run(adapter, "", "", None, [seed], settings, trained=True)
+        ((edit,),) = self._run(self._requested(adapter, "", None, "", None, settings), [seed], trained=True)
         return edit
 
     def repeat(
@@ -227,23 +241,30 @@ class Editor:
 
         Args:
             adapter: Adapter that the edit was made with.
-            settings: Settings of the edit, from `Edit.settings` or `read_settings`.
+            settings: Settings of the edit, from `Edit.settings` or `read_settings`; all of its turns are repeated.
             photo: Photo that the edit started from, if it wasn't the one in the adapter file.
             mask: Its mask, if it had one.
 
         Raises:
-            SettingError: A setting is missing or wrong, or the edit was made with another base or adapter.
+            SettingError: A setting is missing or wrong, or the edit was made with another base, adapter or
+                photo.
             UnituneError: As for `edit`.
         """
-        adapter = self._opened(adapter)
+        opened = self._opened(adapter)
         given = [name for name, value in (("photo", photo), ("mask", mask)) if value is not None]
-        settings = repeatable(settings, self.base.fingerprint, adapter, given)
-        chosen = {field.name: settings[field.name] for field in dataclasses.fields(EditSettings)}
-        prompt, negative_prompt, seed = (settings[name] for name in ("prompt", "negative_prompt", "seed"))
-        trained = not prompt  # only reconstructions have none
-        run = self._run(adapter, prompt, negative_prompt, photo, [seed], chosen, trained=trained, mask=mask)
-        ((edit,),) = run
-        return edit
+        edits = list[Edit]()
+        for turn in repeatable(settings, self.base.fingerprint, opened, given):
+            chosen = {field.name: turn[field.name] for field in dataclasses.fields(EditSettings)}
+            start = edits[-1] if edits else photo if turn["photo"] == "given" else None
+            arguments = (turn["negative_prompt"], mask if turn["mask"] else None, chosen)
+            words = checked_text("rare_tokens", turn["rare_tokens"])
+            worded = opened and dataclasses.replace(opened, rare_tokens=words)
+            request = self._requested(worded, turn["prompt"], start, *arguments)
+            check_same(request.record, turn)
+            trained = not turn["prompt"]  # only reconstructions have none
+            ((edit,),) = self._run(request, [turn["seed"]], trained=trained)
+            edits.append(edit)
+        return as_one(edits)
 
     @_one_at_a_time
     @torch.no_grad()
@@ -316,19 +337,8 @@ class Editor:
         size, photo, scale = start.size, start.photo, settings.adapter_scale
         doubted = self._doubt(photo, size) if settings.details and photo is not None else None
         self._mount.use(adapter, adapter.trained_scale(scale) if adapter and trained else scale)
-        condition = functools.partial(self.base.condition, clip_skip=settings.clip_skip)
-        once: dict[str, Condition] = {text: condition(text) for text in dict.fromkeys(texts)}
-        conditional = joined(*(once[text] for text in texts))
         words = (adapter.rare_tokens if adapter else None) or ""
-        needs_rare = settings.residual or settings.unconditional == "rare"
-        rare = condition(words) if needs_rare else None
-        if settings.unconditional == "rare" and rare is not None:
-            empty = rare
-        else:
-            is_base = settings.unconditional == "base"
-            with layers.adapters_disabled(self.base) if is_base else contextlib.nullcontext():
-                empty = condition(negative_prompt)
-        source = rare if settings.residual else None
+        conditional, source, empty = conditions(self.base, texts, words, negative_prompt, settings)
         x0 = sample_edit(self.base, size, conditional, source, empty, photo, seeds, settings)
         images = self.base.decode(x0)
         finite = are_finite(images)
@@ -347,54 +357,32 @@ class Editor:
                 self._doubted = photo, doubt(self.base, size, photo, self.base.condition(""))
         return self._doubted[1]
 
+    def _requested(self, adapter: Adapter | str | Path | None, *arguments: Any) -> Request:
+        """Returns what an edit is asked for, see `requested`, for one thread at a time."""
+        opened = self._opened(adapter)
+        with self._lock, torch.no_grad():
+            return requested(self.base, opened, *arguments)
+
     def _run(
-        self,
-        adapter: Adapter | str | Path | None,
-        prompt: str,
-        negative_prompt: str | None,
-        photo: PhotoSource | None,
-        seeds: Sequence[int],
-        chosen: dict[str, Any],
-        batch_size: int = 1,
-        trained: bool = False,
-        mask: PhotoSource | None = None,
+        self, request: Request, seeds: Sequence[int], batch_size: int = 1, trained: bool = False
     ) -> Iterator[list[Edit]]:
-        """Checks the settings, samples in batches, and yields the edits of each."""
-        started = time.perf_counter()
-        adapter = self._opened(adapter)
-        if adapter is not None:
-            check_fits(adapter, self.base)
-        settings = chosen_settings(self.base, adapter, photo is not None, chosen)
-        for seed in seeds:
-            check_whole("seed", seed, 0)
-        negative_prompt = checked_text("negative_prompt", negative_prompt)
-        text = complete_prompt(adapter, prompt)
-        notes = [f"the adapter: {note}" for note in adapter.notes] if adapter else []
-        with self._lock:
-            notes += prompt_notes(self.base, prompt=text, negative_prompt=negative_prompt)
-            start = starting_point(self.base, adapter, photo, settings, mask)
-        size, notes = start.size, [*notes, *settings_notes(settings, negative_prompt), *start.notes]
-        record = recorded(self.base, adapter, prompt, negative_prompt, start, settings)
-        failed, left = list[int](), list(seeds)
-        if self.base.device.type == "cpu":
-            batch_size = max(1, min(batch_size, _CPU_BATCH_PIXELS // (size[0] * size[1])))
-        while left:
-            batch = left[:batch_size]
-            texts = [text] * len(batch)
-            try:
-                images = self.pixels(adapter, texts, negative_prompt, start, batch, settings, trained, False)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise out_of_memory(size) from None
-                batch_size = len(batch) // 2
-                continue
-            finite = are_finite(images)
-            failed += [seed for seed, is_finite in zip(batch, finite, strict=True) if not is_finite]
-            kept = [{**record, "seed": seed} for seed in batch if seed not in failed]
-            with self._lock:
-                edits = finished(self.base, images[finite], text, start, settings)
-            seconds = (time.perf_counter() - started) / len(batch)
-            yield [edit.made(values, seconds, notes) for edit, values in zip(edits, kept, strict=True)]
-            left, started = left[len(batch) :], time.perf_counter()
-        if failed:
-            raise not_finite(failed, len(seeds))
+        """Samples in batches, and yields the edits of each."""
+        sample = functools.partial(self._sampled, trained)
+        return in_batches(request, seeds, batch_size, self.base.device.type == "cpu", sample)
+
+    @_one_at_a_time
+    def _sampled(self, trained: bool, request: Request, seeds: Sequence[int]) -> tuple[list[Edit], Tensor]:
+        """Returns a batch's finite edits, without what is recorded of them, and which are finite, (b,) bool."""
+        start, settings, texts = request.start, request.settings, [request.text] * len(seeds)
+        arguments = (request.adapter, texts, request.negative_prompt, start, seeds, settings)
+        images = self.pixels(*arguments, trained, checked=False)
+        finite = are_finite(images)
+        return finished(self.base, images[finite], request.text, start, settings), finite
+
+    def _continued(self, first: Edit, request: Request, then: Sequence[str], *arguments: Any) -> Edit:
+        """Returns an edit of an edit, and so on, a turn for each prompt, with its seed and its settings."""
+        turns, seeds = [first], [first.settings["seed"]]
+        for prompt in then:
+            ((edit,),) = self._run(self._requested(request.adapter, prompt, turns[-1], *arguments), seeds)
+            turns.append(edit)
+        return as_one(turns)

@@ -31,12 +31,13 @@ def finished(base: Base, images: Tensor, text: str, start: Start, settings: Edit
         settings: Settings of the edits.
     """
     own = [to_image(pixels) for pixels in images]
-    if start.whole is None or start.pixels is None or start.photo is None or settings.size == "base":
+    if start.whole is None or start.pixels is None or start.photo is None or not _composed(start, settings):
         kinds = _kinds(base, images, start, settings)
         sizes = [{"image_size": list(image.size), **kind} for image, kind in zip(own, kinds, strict=True)]
         return [Edit(image, text, more, 0.0, (), image) for image, more in zip(own, sizes, strict=True)]
     if not settings.details:  # with them, the base's errors are gone already
         images = add_detail(start.pixels, base.decode(start.photo).cpu(), images.cpu()).clamp(0, 1)
+    original = start.earlier.photo if start.earlier else start.whole
     box = seen_part(start.whole.image.size, start.size)
     mask = None if start.mask is None else np.asarray(start.mask)
     edits = list[Edit]()
@@ -47,7 +48,7 @@ def finished(base: Base, images: Tensor, text: str, start: Start, settings: Edit
         whole = Image.fromarray(composed if deep is None else eight_bits(composed))
         notes = change_notes(changes, start.size)
         values = {"image_size": list(whole.size), "kind": changes.kind}
-        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, start.whole, deep))
+        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, original, deep))
     return edits
 
 
@@ -58,6 +59,15 @@ def _kinds(base: Base, images: Tensor, start: Start, settings: EditSettings) -> 
     photo = start.pixels if settings.details else None  # without them, the base's errors are in the edit
     photo = base.decode(start.photo).cpu() if photo is None else photo
     return [{"kind": find_changes(photo, image[None].cpu()).kind} for image in images]
+
+
+def _composed(start: Start, settings: EditSettings) -> bool:
+    """Returns whether edits are composed into what they start from.
+
+    An edit of an edit is so at the base's size too: else each turn would lose what the autoencoder loses.
+    """
+    is_own = start.earlier is not None and start.earlier.image.size == start.size
+    return settings.size == "photo" or is_own
 
 
 def change_notes(changes: Changes, size: tuple[int, int]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from lora_unitune.adapter.adapter import Adapter
@@ -44,6 +45,16 @@ def checked_text(name: str, text: Any) -> str:
     except UnicodeEncodeError:
         raise PromptError(f"{name} = {text!r} has bytes that aren't UTF-8; type it again") from None
     return text
+
+
+def check_prompt(prompt: Any) -> None:
+    """Checks that a prompt is a text that isn't empty.
+
+    Raises:
+        PromptError: It isn't.
+    """
+    if not checked_text("prompt", prompt).strip():
+        raise PromptError("the prompt is empty; say in a few words what the photo should become")
 
 
 def prompt_notes(base: Base, **texts: str) -> list[str]:
@@ -100,8 +111,8 @@ def unknown_words(base: Base, text: str) -> list[str]:
     return [word for word in words if word not in known or norms[known[word]] < untrained]
 
 
-def complete_prompt(adapter: Adapter | None, prompt: str) -> str:
-    """Returns a prompt with the adapter's rare tokens before it.
+def complete_prompt(adapter: Adapter | None, *prompts: str) -> str:
+    """Returns prompts as one text with the adapter's rare tokens before it.
 
     Raises:
         PromptError: The adapter doesn't store any, or a text isn't UTF-8.
@@ -110,4 +121,21 @@ def complete_prompt(adapter: Adapter | None, prompt: str) -> str:
         way = "open it with trigger='WORDS', which stand for its subject, or trigger='' for none"
         raise PromptError(f"the adapter doesn't store rare tokens; {way}")
     words = adapter.rare_tokens if adapter else ""
-    return checked_text("trigger or prompt", " ".join(part for part in (words, prompt) if part))
+    return checked_text("trigger or prompt", " ".join(part for part in (words, *prompts) if part))
+
+
+def earlier_prompts(base: Base, adapter: Adapter | None, turns: Sequence[str], prompt: str) -> str:
+    """Returns the prompts of earlier turns as one text: the latest of them that the base's text encoder has room for.
+
+    A turn that samples the whole image again has to be told them.
+
+    Args:
+        base: The base.
+        adapter: The adapter.
+        turns: The prompts of the earlier turns.
+        prompt: The prompt of the next turn, which comes after them.
+    """
+    first = 0
+    while first < len(turns) and base.tokenize(complete_prompt(adapter, *turns[first:], prompt))[1]:
+        first += 1
+    return " ".join(turns[first:])

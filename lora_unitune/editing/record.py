@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_unitune import __version__
 from lora_unitune.errors import SettingError
+from lora_unitune.photo.reading import Photo
 from lora_unitune.photo.writing import save_edit
 from lora_unitune.settings import EditSettings
 
@@ -24,9 +25,15 @@ if TYPE_CHECKING:
     from lora_unitune.families import Base
     from lora_unitune.photo.composition import Changes
     from lora_unitune.photo.provenance import Signer
-    from lora_unitune.photo.reading import Photo
 
-_BEFORE = {"clip_skip": 1, "residual": False, "details": False, "least_change": 0.0, "size": "base"}
+_BEFORE = {
+    "clip_skip": 1,
+    "residual": False,
+    "details": False,
+    "least_change": 0.0,
+    "size": "base",
+    "mask": False,
+}
 """Values of these settings in edits older than them."""
 
 
@@ -36,13 +43,15 @@ class Edit:
 
     Attributes:
         image: The image, RGB: at the photo's own size, or at the base's.
-        prompt: The complete prompt, including rare tokens.
-        settings: Everything needed to repeat the edit, as JSON-serializable values.
+        prompt: The complete prompt: the rare tokens, those of the edits that it edits if it has no residual, and its
+            own.
+        settings: Everything needed to repeat the edit, as JSON-serializable values; "earlier" has those of the
+            edits that it edits.
         seconds: Duration of the edit in seconds, without loading the base.
         notes: Notes for the user, one sentence each.
         base_image: The image at the base's size.
-        changes: What it changes in the photo; None if the image has the base's size.
-        photo: The photo at its own size; None likewise.
+        changes: What it changes in the photo, or in the edit that it edits; None if it isn't composed into them.
+        photo: The photo at its own size; None if the image has the base's size.
         deep: The image in 16 bits, (height, width, 3) uint16, if the photo has them.
     """
 
@@ -90,10 +99,34 @@ class Edit:
         return save_edit(image, path, self.settings, self.photo, keep_gps, overwrite, signer)
 
 
+def as_one(turns: Sequence[Edit]) -> Edit:
+    """Returns the last of several turns with the notes and the duration of all."""
+    if len(turns) == 1:
+        return turns[0]
+    notes = dict[str, str]()
+    for number, turn in enumerate(turns, 1):
+        for note in turn.notes:
+            notes.setdefault(note, f"turn {number}: {note}")
+    seconds = sum(turn.seconds for turn in turns)
+    return dataclasses.replace(turns[-1], seconds=seconds, notes=tuple(notes.values()))
+
+
+def turns_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the settings of each turn of an edit: those of the edits before it, and its own.
+
+    Raises:
+        SettingError: Those of the edits before it can't be read.
+    """
+    earlier = settings.get("earlier", [])
+    if not isinstance(earlier, list) or not all(isinstance(turn, dict) for turn in earlier):
+        raise SettingError("the settings name no turns under 'earlier'; use the complete settings of an edit")
+    return [*earlier, {name: value for name, value in settings.items() if name != "earlier"}]
+
+
 def repeatable(
-    settings: dict[str, Any], fingerprint: str, adapter: Adapter | None, given: Sequence[str]
-) -> dict[str, Any]:
-    """Returns the complete settings of an edit, after a check that it can be repeated.
+    settings: Mapping[str, Any], fingerprint: str, adapter: Adapter | None, given: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the complete settings of each turn of an edit, after a check that it can be repeated.
 
     Args:
         settings: Settings of the edit.
@@ -102,7 +135,33 @@ def repeatable(
         given: Which of "photo" and "mask" are given.
 
     Raises:
-        SettingError: A setting is missing, or the edit was made with another base, adapter or photo.
+        SettingError: A setting is missing, or the edit was made with another base or adapter, or started from
+            something else.
+    """
+    words = (adapter.rare_tokens if adapter else None) or ""
+    turns = [{"rare_tokens": words, **_complete(turn)} for turn in turns_of(settings)]
+    ours = (fingerprint, adapter.digest if adapter else None)
+    for number, turn in enumerate(turns):
+        if (turn["fingerprint"], turn["adapter"]) != ours:
+            raise SettingError("the edit was made with another base or adapter; repeat it with the same ones")
+        if (turn["photo"] == "edit") != (number > 0):
+            raise SettingError("the settings lack turns of the edit; use the complete settings of an edit")
+    needs = {"photo": turns[0]["photo"] == "given", "mask": any(turn["mask"] for turn in turns)}
+    for name, is_needed in needs.items():
+        if is_needed and name not in given:
+            raise SettingError(f"the edit was made with a {name} that was given; give that {name} again")
+    if turns[0]["photo"] == "adapter" and "photo" in given:
+        raise SettingError("the edit starts from the photo in the adapter; repeat it without photo=PATH")
+    if not needs["mask"] and "mask" in given:
+        raise SettingError("the edit was made without a mask; repeat it without mask=PATH")
+    return turns
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of one turn with what older releases didn't record.
+
+    Raises:
+        SettingError: One is missing.
     """
     names = [field.name for field in dataclasses.fields(EditSettings)]
     if settings.get("strength") == 1 and "details" not in settings:  # releases before 0.3
@@ -114,14 +173,23 @@ def repeatable(
     missing = [name for name in needed if name not in settings]
     if missing:
         raise SettingError(f"the settings lack {', '.join(missing)}; use the complete settings of an edit")
-    ours = (fingerprint, adapter.digest if adapter else None)
-    if (settings["fingerprint"], settings["adapter"]) != ours:
-        raise SettingError("the edit was made with another base or adapter; repeat it with the same ones")
-    needs = {"photo": settings["photo"] == "given", "mask": bool(settings.get("mask"))}
-    for name in needs:
-        if needs[name] and name not in given:
-            raise SettingError(f"the edit was made with a {name} that was given; give that {name} again")
     return settings
+
+
+def check_same(record: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Checks that an edit about to be repeated starts from the same pixels.
+
+    Args:
+        record: What would be recorded of it.
+        settings: Settings of the edit to repeat; older ones don't say which pixels it started from.
+
+    Raises:
+        SettingError: The photo or the mask is another one.
+    """
+    for name in ("photo", "mask"):
+        digest = f"{name}_digest"
+        if settings.get(digest, record[digest]) != record[digest]:
+            raise SettingError(f"the edit was made with another {name}, pixel for pixel; give that one")
 
 
 def recorded(
@@ -145,7 +213,8 @@ def recorded(
     import diffusers
     import torch
 
-    return {
+    mask = Photo(start.mask, "the mask") if start.mask else None
+    record = {
         "lora_unitune": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -156,9 +225,12 @@ def recorded(
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "photo": start.origin,
-        "mask": start.mask is not None,
+        "photo_digest": start.whole.digest if start.whole and not start.earlier else "",
+        "mask": mask is not None,
+        "mask_digest": mask.digest if mask else "",
         **dataclasses.asdict(settings),
     }
+    return {**record, "earlier": turns_of(start.earlier.settings)} if start.earlier else record
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lora_unitune.adapter.layers import adapters_for_last
+from lora_unitune.adapter.layers import adapters_disabled, adapters_for_last
 from lora_unitune.editing.guidance import boost, classifier_free_guidance, rescale_guidance, strongest_change
 from lora_unitune.families import Base, Condition, expanded, joined
 from lora_unitune.families.sampler import Sampler
 from lora_unitune.settings import EditSettings
+
+
+def conditions(
+    base: Base, texts: Sequence[str], rare_tokens: str, negative_prompt: str, settings: EditSettings
+) -> tuple[Condition, Condition | None, Condition]:
+    """Returns the conditions that `sample_edit` takes: of the prompts, the rare tokens, and without a prompt.
+
+    Args:
+        base: The base, with its adapter attached.
+        texts: Complete prompts, including rare tokens.
+        rare_tokens: The rare tokens alone.
+        negative_prompt: Prompt of the unconditional prediction of guidance.
+        settings: Sampling settings.
+    """
+    condition = functools.partial(base.condition, clip_skip=settings.clip_skip)
+    once = {text: condition(text) for text in dict.fromkeys(texts)}
+    conditional = joined(*(once[text] for text in texts))
+    rare = condition(rare_tokens) if settings.residual or settings.unconditional == "rare" else None
+    source = rare if settings.residual else None
+    if settings.unconditional == "rare" and rare is not None:
+        return conditional, source, rare
+    with adapters_disabled(base) if settings.unconditional == "base" else contextlib.nullcontext():
+        return conditional, source, condition(negative_prompt)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_unitune.adapter.adapter import Adapter
 from lora_unitune.adapter.suits import checked_photo
+from lora_unitune.editing.record import Edit
 from lora_unitune.errors import PhotoError, RecipeError, SettingError
 from lora_unitune.families import Base
 from lora_unitune.photo.framing import choose_size, frame
@@ -29,8 +30,9 @@ class Start:
         pixels: The photo itself, (1, 3, height, width) float32 in [0, 1]; None if there is only its x0.
         whole: The photo at its own size; None if it isn't given.
         mask: Where the image may differ from the photo, white, at the photo's own size; None allows it everywhere.
-        origin: "given", "adapter", or None without a photo.
+        origin: "given", "adapter", "edit", or None without a photo.
         notes: Notes for the user, one sentence each.
+        earlier: The edit that this one edits, whose image is its photo.
     """
 
     size: tuple[int, int]
@@ -40,12 +42,13 @@ class Start:
     mask: Image.Image | None = None
     origin: str | None = None
     notes: tuple[str, ...] = ()
+    earlier: Edit | None = None
 
 
 def starting_point(
     base: Base,
     adapter: Adapter | None,
-    photo: PhotoSource | None,
+    photo: PhotoSource | Photo | Edit | None,
     settings: EditSettings,
     mask: PhotoSource | None = None,
 ) -> Start:
@@ -54,12 +57,13 @@ def starting_point(
     Args:
         base: The base.
         adapter: The adapter, which may hold its photo's x0.
-        photo: The photo to start from, instead of the adapter's.
+        photo: The photo to start from, instead of the adapter's; or an edit, to edit that.
         settings: The edit's settings.
         mask: An image whose white parts may change, and gray ones partly.
 
     Raises:
-        SettingError: The strength is below 1 and there is no photo; or a mask has no effect.
+        SettingError: The strength is below 1 and there is no photo; a mask has no effect; or the settings don't
+            start from the edit.
         PhotoError: The photo or the mask can't be read, or they don't fit together.
     """
     if mask is not None and (photo is None or settings.size == "base"):
@@ -67,19 +71,26 @@ def starting_point(
             "mask is for the photo at its own size; pass photo=PATH too, and edit.size = 'photo'"
         )
     size = adapter.size_on(base) if adapter else base.size
+    earlier = photo if isinstance(photo, Edit) else None
+    if earlier:
+        check_starts_from_photo(settings)
     if settings.strength == 1 and not settings.residual:
         return Start(size)
     if photo is not None:
-        read, notes = load_photo(photo), list[str]()
-        if adapter and adapter.photo_digest and adapter.photo_digest != read.digest:
+        read, notes = _read(photo), list[str]()
+        if not earlier and adapter and adapter.photo_digest and adapter.photo_digest != read.digest:
             notes.append("it isn't the one that the adapter was fitted on, pixel for pixel")
         if adapter is None or not all(adapter.size):
             size = choose_size(read.image.size, PhotoSettings(), base.size, base.size_step)
         framed = frame(read, size)
         pixels = photo_to_tensor(framed)
-        prefixed = [f"the photo: {note}" for note in (*notes, *framed.notes)]
-        allowed = None if mask is None else _read_mask(mask, read, prefixed)
-        return Start(size, base.encode(pixels)[0], pixels / 2 + 0.5, read, allowed, "given", tuple(prefixed))
+        prefixed = [] if earlier else [f"the photo: {note}" for note in (*notes, *framed.notes)]
+        allowed, origin = (
+            None if mask is None else _read_mask(mask, read, prefixed),
+            "edit" if earlier else "given",
+        )
+        x0, shown = base.encode(pixels)[0], pixels / 2 + 0.5
+        return Start(size, x0, shown, read, allowed, origin, tuple(prefixed), earlier)
     if adapter is not None and adapter.photo_latents is not None:
         own = f"the image has the base's size, {size[0]} x {size[1]}; give the photo too for its own size"
         return Start(
@@ -95,6 +106,26 @@ def starting_point(
         f"edit.strength = {settings.strength:g} starts from the photo and the adapter doesn't hold it; "
         "pass photo=PATH, or strength=1"
     )
+
+
+def check_starts_from_photo(settings: EditSettings) -> None:
+    """Checks that an edit with these settings starts from its photo, so that an edit can be edited.
+
+    Raises:
+        SettingError: It starts from noise alone.
+    """
+    if settings.strength == 1 and not settings.residual:
+        raise SettingError(
+            "edit.strength = 1 without residual starts from noise alone, so it can't edit an edit; pass "
+            "residual=True, or a strength below 1"
+        )
+
+
+def _read(photo: PhotoSource | Photo | Edit) -> Photo:
+    """Returns a photo, read if it isn't yet, or the image of an edit."""
+    if isinstance(photo, Edit):
+        return Photo(photo.image, "the edit", deep=photo.deep)
+    return photo if isinstance(photo, Photo) else load_photo(photo)
 
 
 def _read_mask(source: PhotoSource, photo: Photo, notes: list[str]) -> Image.Image:

@@ -13,8 +13,8 @@ from command_line import QUICK, run
 from PIL import Image
 
 from lora_unitune import read_settings
-from lora_unitune.cli.commands import _BATCH
 from lora_unitune.cli.demo import EXAMPLES
+from lora_unitune.cli.editing import _BATCH
 from lora_unitune.cli.terminal import uninterrupted
 
 CODE = (
