@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 from lora_unitune.errors import RecipeError, SettingError
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})|([1-9]\d{0,9})|", re.ASCII)
+_BOX = re.compile(r"(\d{1,7}), *(\d{1,7}), *(\d{1,7}), *(\d{1,7})|", re.ASCII)
 
 S = TypeVar("S", bound="Section")
 
@@ -43,7 +44,7 @@ class Section:
 
 @dataclass(frozen=True)
 class PhotoSettings(Section):
-    """Size at which the base processes the photo."""
+    """What the base sees of the photo, and at what size."""
 
     section: ClassVar[str] = "photo"
 
@@ -53,6 +54,14 @@ class PhotoSettings(Section):
         "base's own number of pixels, at the photo's aspect ratio.",
         pattern=_SIZE,
         allowed="WIDTHxHEIGHT such as 768x512, or a number of pixels such as 393216",
+    )
+    box: str = _value(
+        "",
+        "Part of the photo to fit and to edit, in its pixels, from its upper left corner on; the base sees some "
+        "context too. Empty takes the whole photo.",
+        pattern=_BOX,
+        allowed="four whole numbers x,y,width,height in pixels of the photo, such as 1200,800,900,900",
+        metavar="X,Y,W,H",
     )
 
     @property
@@ -66,6 +75,14 @@ class PhotoSettings(Section):
         """The total number of pixels, 0 for the base's own."""
         match = _SIZE.fullmatch(self.size)
         return int(match[3]) if match and match[3] else 0
+
+    @property
+    def part(self) -> tuple[int, int, int, int] | None:
+        """Left, top, right and bottom of the box, in pixels of the photo; None for the whole photo."""
+        if not self.box:
+            return None
+        left, top, width, height = map(int, self.box.split(","))
+        return left, top, left + width, top + height
 
 
 LARGEST_RANK = 1024

@@ -67,6 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").resize((80, 64)).save("photo.jpg")
     Image.linear_gradient("L").resize((80, 64)).save("sky.png")
+    Image.radial_gradient("L").convert("RGB").resize((2400, 1800)).save("holiday.jpg")
     shutil.copy(ROOT / "recipes" / "pocket" / "default.toml", "mine.toml")
     return tmp_path
 

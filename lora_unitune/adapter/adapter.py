@@ -65,6 +65,7 @@ class Adapter:
         date: Day of the fit, YYYY-MM-DD, or "".
         family: Name of the base's family, a key of `FAMILIES`.
         photo_digest: 32 hexadecimal digits of the photo's upright sRGB pixels, or "".
+        photo_size: (width, height) of the photo itself in pixels, which its recipe's box is in; () if unknown.
         prediction: What the base predicts, as diffusers names it, or "".
         magnitudes: Magnitudes of a DoRA of another tool, float32 (out, 1, ...) or (1, in, ...) by "<part>.<module>".
         entries: Header entries of another tool's file, such as its author, which a conversion keeps.
@@ -84,6 +85,7 @@ class Adapter:
     date: str = ""
     family: str = next(iter(FAMILIES))
     photo_digest: str = ""
+    photo_size: Size | tuple[()] = ()
     prediction: str = ""
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     entries: Mapping[str, str] = field(default_factory=dict)

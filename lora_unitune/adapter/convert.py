@@ -89,6 +89,7 @@ def strip(place: str | Path, output: str | Path, keep_photo: bool = False, overw
         base=adapter.base if is_public else "unknown",
         photo_latents=adapter.photo_latents if keep_photo else None,
         photo_digest="",
+        photo_size=adapter.photo_size if recipe.photo.box else (),
         entries={},
         seed=0,
         seconds=0.0,

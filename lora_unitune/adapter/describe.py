@@ -68,6 +68,8 @@ def describe(place: str | Path) -> dict[str, Any]:
         "format_version": content.version,
         **values,
         "size": list(values["size"]) if values["size"] else None,
+        "photo_size": list(values.get("photo_size", ())) or None,
+        "box": [int(number) for number in recipe.photo.box.split(",") if number] if is_ours else None,
         "method": recipe.fit.method,
         "ranks": {part: each.rank for part, each in settings.items()},
         "targets": targets if is_ours else {part: _endings(names) for part, names in targets.items()},

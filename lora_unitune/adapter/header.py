@@ -286,7 +286,8 @@ def _checked_values(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise AdapterFileError(f"{name}: the recipe in its header is wrong: {error}") from error
     values = {field: header[field] for field in METADATA_CHECKS}
     values |= {field: header.get(field, "") for field in OPTIONAL_CHECKS}
-    return {**values, "recipe": recipe, "size": tuple(header["size"]), "format_version": version}
+    sizes = {name: tuple(header.get(name, ())) for name in ("size", "photo_size")}
+    return {**values, **sizes, "recipe": recipe, "format_version": version}
 
 
 def _photo_in(name: str, metadata: Mapping[str, str]) -> tuple[tuple[int, ...], str, bytes] | None:
@@ -324,8 +325,8 @@ def _is_whole(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_whole(n, 1, _LONGEST_SIDE) for n in value)
+def _is_size(value: Any, longest: int = _LONGEST_SIDE) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_whole(n, 1, longest) for n in value)
 
 
 def _is_duration(value: Any) -> bool:
@@ -348,6 +349,7 @@ METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
 OPTIONAL_CHECKS: dict[str, Callable[[Any], bool]] = {
     "date": lambda value: isinstance(value, str) and bool(_DATE.fullmatch(value)),
     "photo_digest": lambda value: isinstance(value, str) and bool(_DIGEST.fullmatch(value)),
+    "photo_size": lambda value: _is_size(value, 2**31),
     "prediction": lambda value: isinstance(value, str) and bool(_WORD.fullmatch(value)),
 }
 """Optional fields, and their checks."""

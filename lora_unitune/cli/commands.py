@@ -38,7 +38,7 @@ from lora_unitune.cli.terminal import (
     shown,
     writing,
 )
-from lora_unitune.settings import FitSettings
+from lora_unitune.settings import FitSettings, PhotoSettings
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -79,6 +79,7 @@ for _command in (
 @recipe_option
 @set_option
 @settings_options(FitSettings, ["method"])
+@settings_options(PhotoSettings, ["box"])
 @click.option(
     "--from",
     "start",
@@ -103,6 +104,7 @@ def fit_command(
     recipe: str | None,
     overrides: tuple[str, ...],
     method: str | None,
+    box: str | None,
     start: str | None,
     embed_photo: bool,
     seed: int,
@@ -119,11 +121,13 @@ def fit_command(
     Examples:
       lora-unitune fit photo.jpg -o photo.safetensors
       lora-unitune fit photo.jpg -o photo.safetensors --set fit.steps=50 --seed 3
+      lora-unitune fit holiday.jpg -o face.safetensors --box 1200,800,900,900
       lora-unitune fit photo.jpg -o photo.safetensors --base ./stable-diffusion-v1-5 --recipe sd15/8gb
     """
     from lora_unitune.output import check_output
 
     check_output(output, overwrite)
+    given = {"fit.method": method, "photo.box": box}
     notes: list[str] = []
     with progress() as display:
         display.show("loading the base", 0, 1)
@@ -136,7 +140,10 @@ def fit_command(
             photo,
             base=files,
             recipe=recipe,
-            overrides=[*overrides, *([f"fit.method={method}"] if method else [])],
+            overrides=[
+                *overrides,
+                *(f"{name}={value}" for name, value in given.items() if value is not None),
+            ],
             seed=seed,
             device=device,
             embed_photo=embed_photo,

@@ -68,7 +68,7 @@ def inspect_command(adapter: str, tool: str | None, as_json: bool) -> None:
     for name, value in summary.items():
         text = (
             size_text(value)
-            if name == "size" and value
+            if name in ("size", "photo_size") and value
             else "unknown"
             if value in (None, "")
             else shown(value) or "none"

@@ -93,14 +93,14 @@ def _setting_option(kind: type[Section], setting: dataclasses.Field[Any]) -> Cal
         type=None if hint is bool else _type_of(hint, setting.metadata),
         default=None,
         show_default=f"the recipe's, or {_shown_default(setting.default)}",
-        metavar={int: "N", float: "X", str: "TEXT"}.get(hint),
+        metavar=setting.metadata.get("metavar") or {int: "N", float: "X", str: "TEXT"}.get(hint),
         help=setting.metadata["help"],
     )
     return add
 
 
 def _shown_default(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value) or "none"
 
 
 def _type_of(hint: Any, metadata: Any) -> click.ParamType[Any]:

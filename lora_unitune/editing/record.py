@@ -50,7 +50,8 @@ class Edit:
         seconds: Duration of the edit in seconds, without loading the base.
         notes: Notes for the user, one sentence each.
         base_image: The image at the base's size.
-        changes: What it changes in the photo, or in the edit that it edits; None if it isn't composed into them.
+        changes: What it changes in what the base saw of the photo, or of the edit that it edits; None if it isn't
+            composed into them.
         photo: The photo at its own size; None if the image has the base's size.
         deep: The image in 16 bits, (height, width, 3) uint16, if the photo has them.
     """

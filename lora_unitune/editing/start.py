@@ -14,7 +14,7 @@ from lora_unitune.adapter.suits import checked_photo
 from lora_unitune.editing.record import Edit
 from lora_unitune.errors import PhotoError, RecipeError, SettingError
 from lora_unitune.families import Base
-from lora_unitune.photo.framing import choose_size, frame
+from lora_unitune.photo.framing import Box, box_in, choose_size, frame
 from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import Photo, load_photo, photo_to_tensor
 from lora_unitune.settings import EditSettings, PhotoSettings, make_section
@@ -33,6 +33,7 @@ class Start:
         origin: "given", "adapter", "edit", or None without a photo.
         notes: Notes for the user, one sentence each.
         earlier: The edit that this one edits, whose image is its photo.
+        box: The part of the photo that is edited, in its pixels; None for all of it.
     """
 
     size: tuple[int, int]
@@ -43,6 +44,7 @@ class Start:
     origin: str | None = None
     notes: tuple[str, ...] = ()
     earlier: Edit | None = None
+    box: Box | None = None
 
 
 def starting_point(
@@ -82,15 +84,17 @@ def starting_point(
             notes.append("it isn't the one that the adapter was fitted on, pixel for pixel")
         if adapter is None or not all(adapter.size):
             size = choose_size(read.image.size, PhotoSettings(), base.size, base.size_step)
-        framed = frame(read, size)
+        is_whole = not earlier or earlier.photo is not None  # an edit of the base's size shows the box alone
+        box = box_in(read, adapter.recipe.photo, adapter.photo_size) if adapter and is_whole else None
+        framed = frame(read, size, box)
         pixels = photo_to_tensor(framed)
         prefixed = [] if earlier else [f"the photo: {note}" for note in (*notes, *framed.notes)]
         allowed, origin = (
-            None if mask is None else _read_mask(mask, read, prefixed),
+            None if mask is None else _read_mask(mask, read, box, prefixed),
             "edit" if earlier else "given",
         )
         x0, shown = base.encode(pixels)[0], pixels / 2 + 0.5
-        return Start(size, x0, shown, read, allowed, origin, tuple(prefixed), earlier)
+        return Start(size, x0, shown, read, allowed, origin, tuple(prefixed), earlier, box)
     if adapter is not None and adapter.photo_latents is not None:
         own = f"the image has the base's size, {size[0]} x {size[1]}; give the photo too for its own size"
         return Start(
@@ -128,11 +132,11 @@ def _read(photo: PhotoSource | Photo | Edit) -> Photo:
     return photo if isinstance(photo, Photo) else load_photo(photo)
 
 
-def _read_mask(source: PhotoSource, photo: Photo, notes: list[str]) -> Image.Image:
+def _read_mask(source: PhotoSource, photo: Photo, box: Box | None, notes: list[str]) -> Image.Image:
     """Reads a mask and scales it to the photo's size; appends notes for the user.
 
     Raises:
-        PhotoError: It has another shape than the photo, or no part that may change.
+        PhotoError: It has another shape than the photo, or no part of the photo or its box that may change.
     """
     read = load_photo(source, background=0)  # what isn't painted white stays
     mask, (width, height) = read.image.convert("L"), photo.image.size
@@ -145,8 +149,9 @@ def _read_mask(source: PhotoSource, photo: Photo, notes: list[str]) -> Image.Ima
     if mask.size != photo.image.size:
         mask = mask.resize(photo.image.size, Image.Resampling.BILINEAR)
         notes.append(f"the mask: it is scaled from {read.image.width} x {read.image.height} pixels")
-    if not mask.getbbox():
-        raise PhotoError("the mask is black all over, so nothing may change; what may change has to be white")
+    if not mask.crop(box).getbbox():
+        where = "all over" if box is None else "all over the box that is edited"
+        raise PhotoError(f"the mask is black {where}, so nothing may change; what may change has to be white")
     return mask
 
 

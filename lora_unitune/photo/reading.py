@@ -62,6 +62,7 @@ class Photo:
         own: Its pixels in that profile, upright: (height, width, 3) uint8 or uint16; None without a profile.
         deep: Its pixels in 16 bits, in sRGB: (height, width, 3) uint16; None if its file has 8.
         jpeg: The quality of its file, as Pillow's options, if that is a JPEG.
+        reduction: What a side of its file is divided by: 1, or more for a JPEG that is read at a reduced size.
     """
 
     image: Image.Image
@@ -72,6 +73,12 @@ class Photo:
     own: NDArray[Any] | None = field(default=None, repr=False, compare=False)
     deep: NDArray[np.uint16] | None = field(default=None, repr=False, compare=False)
     jpeg: Mapping[str, Any] | None = None
+    reduction: int = 1
+
+    @property
+    def size_of_file(self) -> tuple[int, int]:
+        """(width, height) in pixels of its file, upright."""
+        return self.image.width * self.reduction, self.image.height * self.reduction
 
     @property
     def pixels(self) -> NDArray[Any]:
@@ -108,6 +115,8 @@ def load_photo(source: PhotoSource, background: int = 255) -> Photo:
         try:
             name, image, low = open_image(source, notes)
             jpeg = _jpeg_quality(image)
+            is_reduced = image is not source and getattr(image, "decoderconfig", None)  # by `open_image`
+            reduction = image.decoderconfig[0] if is_reduced else 1  # type: ignore[attr-defined]
             photo, exif = _upright(image, low, background, notes), _kept_exif(image, notes)
         except PhotoError:
             raise
@@ -117,7 +126,8 @@ def load_photo(source: PhotoSource, background: int = 255) -> Photo:
             raise PhotoError(f"{name} is damaged or incomplete ({one_line(error)}); get it again") from None
     if any(Path(each.filename).stem == "TiffImagePlugin" for each in warned):  # which reads EXIF too
         notes.append(_DAMAGED_EXIF)
-    return replace(photo, source=name, notes=tuple(dict.fromkeys(notes)), exif=exif, jpeg=jpeg)
+    own_notes = tuple(dict.fromkeys(notes))
+    return replace(photo, source=name, notes=own_notes, exif=exif, jpeg=jpeg, reduction=reduction)
 
 
 def exif_of(block: bytes) -> Image.Exif:

@@ -19,7 +19,7 @@ from lora_unitune.errors import FitError, SettingError, one_line
 from lora_unitune.families import Base, BaseFiles, default_recipe, load_base
 from lora_unitune.families.loading import resolve_device
 from lora_unitune.families.location import locate_base
-from lora_unitune.photo.framing import choose_size, frame
+from lora_unitune.photo.framing import box_in, choose_size, frame, with_context
 from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import load_photo
 from lora_unitune.recipe import Recipe
@@ -86,19 +86,27 @@ def fit(
     if isinstance(base, (str, Path)):
         base = locate_base(base)
     settings = _continued(_settings(recipe, base, overrides), start)
+    box = box_in(read, settings.photo)
     loaded = _load_for_fit(base, settings.fit, device) if isinstance(base, BaseFiles) else base
     if settings.fit.quantize not in ("none", loaded.quantized):
         raise SettingError(
             f"fit.quantize = '{settings.fit.quantize}' is for a base that the fit loads; give its name, or "
             "load it with load_base(..., quantize=...)"
         )
-    size = choose_size(read.image.size, settings.photo, loaded.size, loaded.size_step)
+    part = with_context(read.image.size, box)
+    size = choose_size(part, settings.photo, loaded.size, loaded.size_step)
     loaded.sample_shape(size)
-    framed = frame(read, size)
+    framed = frame(read, size, box)
     if start is not None:
         check_fits(start, loaded)
     notes = [f"the photo: {note}" for note in framed.notes]
-    notes += [f"the adapter to continue from: {note}" for note in start.notes] if start is not None else []
+    if start is not None:
+        notes += [f"the adapter to continue from: {note}" for note in start.notes]
+        if start.recipe.photo.box not in ("", settings.photo.box):
+            notes.append(
+                f"the adapter to continue from: its box is {start.recipe.photo.box}, and this fit's is "
+                f"{settings.photo.box or 'the whole photo'}"
+            )
     for note in notes if on_note is not None else ():
         on_note(note)  # type: ignore[misc]
     generator = torch.Generator().manual_seed(seed)
@@ -130,6 +138,7 @@ def fit(
         seconds=history.seconds,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         photo_digest=read.digest,
+        photo_size=read.size_of_file,
         history=history.losses,
     )
 

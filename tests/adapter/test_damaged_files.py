@@ -93,6 +93,14 @@ CHANGES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda tensors, metadata, own: own.update(photo_digest="A" * 32),
         "'photo_digest' .* is wrong",
     ),
+    "photo of no size": (
+        lambda tensors, metadata, own: own.update(photo_size=[0, 3]),
+        "'photo_size' .* is wrong",
+    ),
+    "box that is none": (
+        lambda tensors, metadata, own: own["recipe"]["photo"].update(box="1,2,3"),
+        "recipe in its header is wrong: .*photo.box",
+    ),
     "day that is none": (lambda tensors, metadata, own: own.update(date="yesterday"), "'date' .* is wrong"),
     "a later stage": (
         lambda tensors, metadata, own: tensors.update({f"stage_2.{A_KEY}": torch.ones(4, 32)}),

@@ -47,7 +47,7 @@ def test_every_setting_is_named_as_it_is_typed(setting: str) -> None:
     message, key = refusal(setting), setting.rpartition(".")[2].replace("_", "-")
     assert message.startswith(f"{setting} = ")
     fit = translated(message, "fit")
-    assert fit.startswith(f"--{key} " if setting == "fit.method" else f"--set {setting}=")
+    assert fit.startswith(f"--{key} " if setting in ("fit.method", "photo.box") else f"--set {setting}=")
     edit = translated(message, "edit")
     assert edit.startswith(f"--{key}" if setting.startswith("edit.") else setting)
     assert translated(message, "inspect") == message
