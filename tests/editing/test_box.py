@@ -106,6 +106,17 @@ def test_a_mask_has_the_whole_photos_shape(editor: Editor, boxed: Adapter) -> No
     assert np.array_equal(edit[:, :90], free[:, :90])
 
 
+def test_every_turn_changes_the_box_alone(editor: Editor, boxed: Adapter) -> None:
+    photo = picture()
+    settings = {"strength": 0.9, "photo": photo, "then": ["a car", "a dog"]}
+    edit = editor.edit(boxed, "a fox", **settings)
+    assert edit.settings["box"] == [60, 30, 60, 60] and edit.image.size == SIZE
+    assert np.array_equal(np.asarray(edit.image)[outside()], np.asarray(photo)[outside()])
+    assert editor.repeat(boxed, edit.settings, photo).image.tobytes() == edit.image.tobytes()
+    own = editor.edit(boxed, "a fox", **settings, size="base")
+    assert own.image.size == boxed.size and "box" not in own.settings
+
+
 def test_a_photo_of_16_bits_keeps_them_outside_of_the_box(editor: Editor, boxed: Adapter) -> None:
     values = np.random.default_rng(5).integers(0, 2**16, SIZE[::-1], dtype=np.uint16)
     edit = editor.edit(boxed, "a fox", photo=Image.fromarray(values), strength=0.9)
