@@ -99,7 +99,9 @@ def save_edit(
 
     def write(temporary: Path) -> None:
         if values.dtype == np.uint8:
-            Image.fromarray(values).save(temporary, format=kind, **options)
+            stream = io.BytesIO()  # Pillow itself may leave off the end on a full disk, without an error
+            Image.fromarray(values).save(stream, format=kind, **options)
+            temporary.write_bytes(stream.getbuffer())
         else:
             (_write_deep_png if kind == "PNG" else _write_deep_tiff)(temporary, values, **options)
         if signer is not None:
