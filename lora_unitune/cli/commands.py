@@ -37,13 +37,13 @@ from lora_unitune.cli.options import (
     settings_options,
     sign_options,
 )
+from lora_unitune.cli.report import doctor_command, words_command
 from lora_unitune.cli.terminal import (
     Commands,
     bytes_text,
     check_apart,
     print_notes,
     progress,
-    shown,
     uninterrupted,
     writing,
 )
@@ -76,7 +76,8 @@ def main() -> None:
     """
 
 
-for _command in (inspect_command, convert_command, strip_command, compress_command, push_command):
+_FILES = (inspect_command, convert_command, strip_command, compress_command, push_command)
+for _command in (*_FILES, doctor_command, words_command):
     main.add_command(_command)
 
 
@@ -303,55 +304,6 @@ def edit_command(
     finally:
         if as_json and images:
             click.echo(json.dumps({"adapter": adapter, "images": images}))
-
-
-@main.command("doctor")
-@device_option
-@json_option
-def doctor_command(device: str, as_json: bool) -> None:
-    """Report the hardware and libraries of this machine, and the recipes that fit it.
-
-    \b
-    Examples:
-      lora-unitune doctor
-      lora-unitune doctor --json
-    """
-    from lora_unitune.cli.doctor import examine
-
-    report = examine(device)
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    notes = report.pop("notes")
-    for name in ("free", "total"):
-        count = report.pop(f"{name}_bytes")
-        report[f"{name}_memory"] = "unknown" if count is None else f"{count / 2**30:.1f} GiB"
-    report["recipes"] = ", ".join(filter(None, report.pop("recipes").values()))
-    for name, value in report.items():
-        click.echo(f"{name.replace('_', ' '):<18}{shown(value)}")
-    print_notes(notes)
-
-
-@main.command("words")
-@json_option
-def words_command(as_json: bool) -> None:
-    """List what prompts for pocket, the bundled base, can say, by kind.
-
-    pocket learned these words alone; others change the picture at random.
-
-    \b
-    Examples:
-      lora-unitune words
-      lora-unitune words --json
-    """
-    from lora_unitune.cli.words import pocket_words
-
-    kinds = pocket_words()
-    if as_json:
-        click.echo(json.dumps(kinds))
-        return
-    for kind, words in kinds.items():
-        click.echo(f"{kind:<10}{', '.join(words)}")
 
 
 @main.command("demo")
