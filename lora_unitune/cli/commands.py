@@ -30,12 +30,12 @@ from lora_unitune.cli.options import (
     set_option,
     settings_options,
 )
+from lora_unitune.cli.report import doctor_command, words_command
 from lora_unitune.cli.terminal import (
     Commands,
     bytes_text,
     print_notes,
     progress,
-    shown,
     writing,
 )
 from lora_unitune.settings import FitSettings, PhotoSettings
@@ -68,6 +68,8 @@ for _command in (
     strip_command,
     compress_command,
     push_command,
+    doctor_command,
+    words_command,
 ):
     main.add_command(_command)
 
@@ -163,55 +165,6 @@ def fit_command(
         f"{adapter.rare_tokens!r}, loss {adapter.history[0]:.4f} to {adapter.history[-1]:.4f}"
     )
     click.echo(f"{output}: read by {readers(summary)}")
-
-
-@main.command("doctor")
-@device_option
-@json_option
-def doctor_command(device: str, as_json: bool) -> None:
-    """Report the hardware and libraries of this machine, and the recipes that fit it.
-
-    \b
-    Examples:
-      lora-unitune doctor
-      lora-unitune doctor --json
-    """
-    from lora_unitune.cli.doctor import examine
-
-    report = examine(device)
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    notes = report.pop("notes")
-    for name in ("free", "total"):
-        count = report.pop(f"{name}_bytes")
-        report[f"{name}_memory"] = "unknown" if count is None else f"{count / 2**30:.1f} GiB"
-    report["recipes"] = ", ".join(filter(None, report.pop("recipes").values()))
-    for name, value in report.items():
-        click.echo(f"{name.replace('_', ' '):<18}{shown(value)}")
-    print_notes(notes)
-
-
-@main.command("words")
-@json_option
-def words_command(as_json: bool) -> None:
-    """List what prompts for pocket, the bundled base, can say, by kind.
-
-    pocket learned these words alone; others change the picture at random.
-
-    \b
-    Examples:
-      lora-unitune words
-      lora-unitune words --json
-    """
-    from lora_unitune.cli.words import pocket_words
-
-    kinds = pocket_words()
-    if as_json:
-        click.echo(json.dumps(kinds))
-        return
-    for kind, words in kinds.items():
-        click.echo(f"{kind:<10}{', '.join(words)}")
 
 
 @main.command("demo")

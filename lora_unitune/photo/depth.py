@@ -113,15 +113,15 @@ def sixteen_bits(values: NDArray[Any], depth: Depth, notes: list[str]) -> NDArra
 def eight_bits(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """Returns 16-bit values, (height, width, ...), rounded to 8 bits."""
     out = np.empty(values.shape, np.uint8)
-    for rows in strips(values):
+    for rows in strips(*values.shape[:2]):
         out[rows] = (values[rows].astype(np.uint32) + 128) // 257
     return out
 
 
-def strips(values: NDArray[Any]) -> list[slice]:
+def strips(height: int, width: int) -> list[slice]:
     """Returns the rows of each strip of an image, so that what is computed of one needs little memory."""
-    step = max(1, _STRIP // max(1, values.shape[1]))
-    return [slice(first, first + step) for first in range(0, len(values), step)]
+    step = max(1, _STRIP // max(1, width))
+    return [slice(first, min(height, first + step)) for first in range(0, height, step)]
 
 
 def _guessed(values: NDArray[np.float64], is_whole: bool) -> tuple[float, float]:

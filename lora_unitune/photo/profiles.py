@@ -90,7 +90,7 @@ class DeepProfile:
     def to_srgb(self, values: NDArray[np.uint16]) -> NDArray[np.uint16]:
         """Converts pixels of the profile, (height, width, 3), to sRGB; colors outside it are clipped."""
         out = np.empty_like(values)
-        for rows in strips(values):
+        for rows in strips(*values.shape[:2]):
             linear = np.stack(
                 [self._curves[i % len(self._curves)][values[rows][..., i]] for i in range(3)], -1
             )
@@ -104,7 +104,7 @@ class DeepProfile:
     def from_srgb(self, values: NDArray[np.uint16]) -> NDArray[np.uint16]:
         """Converts sRGB pixels, (height, width, 3), to the RGB profile; colors outside it are clipped."""
         out, back = np.empty_like(values), np.linalg.inv(self._matrix).T
-        for rows in strips(values):
+        for rows in strips(*values.shape[:2]):
             linear = _DECODED[values[rows]] @ back
             for i, curve in enumerate(self._curves):
                 out[rows][..., i] = (np.interp(linear[..., i], curve, _LEVELS) * 65_535).round()

@@ -25,6 +25,9 @@ from lora_unitune.photo.reading import EXIF, GPS, Photo, exif_of
 ENTRY = "lora_unitune"
 """Name of the PNG's text entry with the settings; the EXIF software of other files."""
 
+Picture = Image.Image | NDArray[np.uint16]
+"""An image in sRGB: RGB, or (height, width, 3) uint16."""
+
 _SOFTWARE, _COMMENT, _MAKER_NOTE = 0x0131, 0x9286, 0x927C  # EXIF: Software, UserComment, MakerNote
 _XMP, _PROFILE = 700, 34_675  # TIFF
 _ASCII = b"ASCII\0\0\0"
@@ -38,7 +41,7 @@ _PACKET = (
 
 
 def save_edit(
-    image: Image.Image | NDArray[np.uint16],
+    image: Picture,
     path: str | Path,
     settings: Mapping[str, Any],
     photo: Photo | None = None,
@@ -53,7 +56,7 @@ def save_edit(
     edited.
 
     Args:
-        image: The image, in sRGB: RGB, or (height, width, 3) uint16.
+        image: The image.
         path: Path of the file; its name ends as one of `output.PICTURES`.
         settings: Everything needed to repeat the edit.
         photo: The photo that was edited, whose own size the image has; None for an image of the base's size.
@@ -76,13 +79,15 @@ def save_edit(
         exif.get_ifd(GPS).clear()
         exif.pop(GPS, None)
     packet = _PACKET.format(source=SOURCES + (GENERATED if photo is None else COMPOSITE)).encode()
-    values = image if isinstance(image, np.ndarray) else np.asarray(image)
-    if values.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
-        values = eight_bits(values)
+    if isinstance(image, np.ndarray) and kind not in ("PNG", "TIFF"):
+        image = Image.fromarray(eight_bits(image))
         notes.append(f"{path} has 8 bits for each value; a .png or .tif has the photo's 16")
     options: dict[str, Any] = {"exif": exif}
     if photo is not None and photo.profile:
-        values, options["icc_profile"] = _in_profile(values, photo), photo.profile
+        image, options["icc_profile"] = _in_profile(image, photo), photo.profile
+    elif not isinstance(image, np.ndarray) and image.info:
+        image = image.copy()
+        image.info.clear()  # Pillow would write what the photo's file had there
     text = json.dumps(settings)
     if kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
@@ -98,10 +103,12 @@ def save_edit(
         options |= {"xmp": packet, **({"subsampling": 0} if kind == "JPEG" else {}), **quality}
 
     def write(temporary: Path) -> None:
-        if values.dtype == np.uint8:
-            Image.fromarray(values).save(temporary, format=kind, **options)
+        if isinstance(image, np.ndarray):
+            (_write_deep_png if kind == "PNG" else _write_deep_tiff)(temporary, image, **options)
         else:
-            (_write_deep_png if kind == "PNG" else _write_deep_tiff)(temporary, values, **options)
+            stream = io.BytesIO()  # Pillow itself may leave off the end on a full disk, without an error
+            image.save(stream, format=kind, **options)
+            temporary.write_bytes(stream.getbuffer())
         if signer is not None:
             of = None if photo is None else photo.source
             temporary.write_bytes(signer.signed(temporary.read_bytes(), kind, Path(path).name, of))
@@ -144,20 +151,30 @@ def _made_smaller(exif: Image.Exif, path: str | Path, count: int) -> list[str]:
     return notes
 
 
-def _in_profile(values: NDArray[Any], photo: Photo) -> NDArray[Any]:
+def _in_profile(image: Picture, photo: Photo) -> Picture:
     """Converts an edited photo from sRGB to the photo's color profile, with its own values where it is the same."""
-    profile, own, before = photo.profile or b"", photo.own, photo.pixels
-    deep = DeepProfile(profile) if values.dtype == np.uint16 else None
-    out = np.empty_like(values)
-    for rows in strips(values):
+    profile, own = photo.profile or b"", photo.own
+    is_deep = isinstance(image, np.ndarray)
+    out = np.empty((photo.image.height, photo.image.width, 3), np.uint16 if is_deep else np.uint8)
+    before = photo.deep if is_deep and photo.deep is not None else photo.image
+    deep = DeepProfile(profile) if is_deep else None
+    for rows in strips(*out.shape[:2]):
+        edited = _rows(image, rows)
         if deep is not None:
-            out[rows] = deep.from_srgb(values[rows])
+            out[rows] = deep.from_srgb(edited)
         else:
-            out[rows] = np.asarray(in_profile(Image.fromarray(values[rows]), profile))
-        if own is not None and own.dtype == values.dtype:
-            same = (values[rows] == before[rows]).all(-1, keepdims=True)
-            out[rows] = np.where(same, own[rows], out[rows])
-    return out
+            out[rows] = np.asarray(in_profile(Image.fromarray(edited), profile))
+        if own is not None and own.dtype == out.dtype:
+            same = (edited == _rows(before, rows)).all(-1, keepdims=True)
+            np.copyto(out[rows], own[rows], where=same)
+    return out if is_deep else Image.fromarray(out)
+
+
+def _rows(image: Picture, rows: slice) -> NDArray[Any]:
+    """Returns some rows of an image, (height, width, 3)."""
+    if isinstance(image, np.ndarray):
+        return image[rows]
+    return np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
 
 
 def _write_deep_png(path: Path, values: NDArray[np.uint16], **options: Any) -> None:
@@ -175,7 +192,7 @@ def _write_deep_png(path: Path, values: NDArray[np.uint16], **options: Any) -> N
                 data = struct.pack(">IIB", values.shape[1], values.shape[0], 16) + data[9:]
             if kind == b"IDAT":
                 above = np.zeros((1, 6 * values.shape[1]), np.uint8)
-                for rows in strips(values):
+                for rows in strips(*values.shape[:2]):
                     lines = np.vstack(
                         [above, values[rows].astype(">u2").view(np.uint8).reshape(-1, above.size)]
                     )
@@ -204,5 +221,5 @@ def _write_deep_tiff(
     entries = exif.tobytes()[len(b"Exif\0\0") :]
     with path.open("wb") as file:
         file.write(entries)
-        for rows in strips(values):
+        for rows in strips(*values.shape[:2]):
             file.write(values[rows].astype("<u2" if entries.startswith(b"II") else ">u2").tobytes())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from command_line import refused, run
 from PIL import Image
 
 from lora_unitune import Adapter, Editor, PhotoError, SettingError
+from lora_unitune.photo.reading import load_photo
 from lora_unitune.photo.writing import read_settings
 
 SHAPES = [(64, 64), (90, 61), (47, 130), (32, 32), (16, 200)]
@@ -48,6 +51,58 @@ def test_an_edit_has_the_photos_size(
 def test_without_a_photo_an_edit_has_the_bases_size(editor: Editor, adapter: Adapter) -> None:
     edit = editor.edit(adapter, "a fox")
     assert edit.image.size == adapter.size and edit.changes is None and edit.photo is None
+
+
+def test_a_note_says_how_to_get_the_photos_size(editor: Editor, adapter: Adapter) -> None:
+    size = " x ".join(map(str, adapter.size))
+    assert any(
+        f"the base's size, {size}; give the photo" in note for note in editor.edit(adapter, "a fox").notes
+    )
+    for given in ({"size": "base"}, {"photo": picture(90, 60)}):
+        assert not any("base's size" in note for note in editor.edit(adapter, "a fox", **given).notes)
+
+
+def test_another_photo_than_the_fitted_one_is_noted_and_edited(editor: Editor, adapter: Adapter) -> None:
+    fitted = dataclasses.replace(adapter, photo_digest="0" * 32)
+    for shape in ((90, 61), (47, 130)):
+        edit = editor.edit(fitted, "a fox", photo=picture(*shape), strength=0.5)
+        assert edit.image.size == shape
+        assert "the photo: it isn't the one that the adapter was fitted on, pixel for pixel" in edit.notes
+
+
+@pytest.mark.parametrize("size", ["photo", "base"])
+@pytest.mark.parametrize("details", [True, False])
+def test_the_settings_say_the_kind_of_edit(
+    editor: Editor, adapter: Adapter, size: str, details: bool
+) -> None:
+    kinds = {"nothing", "local", "relit", "both", "restyled"}
+    for photo in (None, picture(90, 60)):
+        edit = editor.edit(adapter, "a fox", photo=photo, strength=0.9, size=size, details=details)
+        assert edit.settings["kind"] in kinds
+        assert edit.changes is None or edit.settings["kind"] == edit.changes.kind
+    with_nothing = editor.edit(None, "a fox", strength=1.0, residual=False, details=False)
+    assert "kind" not in with_nothing.settings, "nothing to compare it with"
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.tif", "out.jpg"])
+def test_a_photo_of_sixteen_bits_comes_back_so(
+    editor: Editor, adapter: Adapter, tmp_path: Path, name: str
+) -> None:
+    deep = np.random.default_rng(0).integers(0, 65_536, (60, 90, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "photo.tif", deep, photometric="rgb")
+    edit = editor.edit(adapter, "a fox", photo=tmp_path / "photo.tif", strength=0.9, mask=half(90, 60))
+    assert edit.deep is not None and edit.image.size == (90, 60)
+    assert np.array_equal(edit.deep[:, :45], deep[:, :45]) and not np.array_equal(edit.deep, deep)
+    assert np.array_equal(np.asarray(edit.image), (edit.deep / 257).round())
+    notes = edit.save(tmp_path / name)
+    again = load_photo(tmp_path / name).deep
+    if name == "out.jpg":
+        assert again is None and "8 bits" in notes[0]
+    else:
+        assert again is not None and np.array_equal(again, edit.deep) and notes == ()
+    settings = read_settings(tmp_path / name)
+    repeated = editor.repeat(adapter, settings, tmp_path / "photo.tif", half(90, 60))
+    assert repeated.deep is not None and np.array_equal(repeated.deep, edit.deep)
 
 
 def test_a_mask_keeps_every_byte_outside(editor: Editor, adapter: Adapter) -> None:

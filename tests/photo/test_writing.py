@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from conftest import room_for
 from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import get_sampling
 
@@ -225,3 +226,20 @@ def test_a_large_maker_note_is_dropped_rather_than_the_settings(tmp_path: Path) 
     (note,) = save_edit(photo.image, tmp_path / "out.jpg", {**SETTINGS, "negative_prompt": "x" * 3000}, photo)
     assert "camera's own EXIF entries" in note
     assert read_settings(tmp_path / "out.jpg")["negative_prompt"] == "x" * 3000
+
+
+@pytest.mark.parametrize("ending", PICTURES)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, ending: str, bits: int) -> None:
+    if bits == 16:
+        tifffile.imwrite(tmp_path / "photo.tif", deep_picture(), photometric="rgb")
+    else:
+        phone_photo(tmp_path / "photo.jpg").rename(tmp_path / "photo.tif")
+    photo, folder = load_photo(tmp_path / "photo.tif"), tmp_path / "folder"
+    folder.mkdir()
+    save_edit(photo.pixels if bits == 16 else photo.image, tmp_path / f"whole{ending}", SETTINGS, photo)
+    size = (tmp_path / f"whole{ending}").stat().st_size
+    for room in (0, 1, size // 2, size - 1):
+        with room_for(room), pytest.raises(OutputError, match="can't be written"):
+            save_edit(photo.pixels if bits == 16 else photo.image, folder / f"out{ending}", SETTINGS, photo)
+        assert not list(folder.iterdir())
