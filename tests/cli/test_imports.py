@@ -64,7 +64,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_edit_loads_and_prints_nothing_that_it_does_not_use(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    done = run(RUN, "edit", file, "a fox", "-o", out, "--steps", "2", "--device", "cpu")
+    done = run(RUN, "edit", file, "a fox", "-o", out, "--steps", "2", "--size", "base", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     *lines, loaded, held = done.stderr.splitlines()
     assert not set(UNUSED.split()) & set(loaded.split())
