@@ -17,7 +17,9 @@ from lora_unitune.editing.prompts import earlier_prompts
 from lora_unitune.editing.record import Edit
 from lora_unitune.editing.start import starting_point
 from lora_unitune.families import Base
+from lora_unitune.photo.depth import eight_bits
 from lora_unitune.photo.details import restore
+from lora_unitune.photo.reading import Photo
 from lora_unitune.settings import EditSettings
 
 QUICK: dict[str, Any] = {"steps": 2, "strength": 0.7}
@@ -110,6 +112,14 @@ def test_a_mask_keeps_every_byte_outside_in_every_turn(editor: Editor, adapter: 
     edit = editor.edit(adapter, "a fox", photo=photo, mask=mask, then=TURNS, **QUICK)
     assert np.array_equal(np.asarray(edit.image)[:, :45], np.asarray(photo)[:, :45])
     assert not np.array_equal(np.asarray(edit.image)[:, 45:], np.asarray(photo)[:, 45:])
+
+
+def test_a_photo_of_16_bits_keeps_them_through_all_turns(editor: Editor, adapter: Adapter) -> None:
+    deep = np.random.default_rng(5).integers(0, 2**16, (60, 90, 3), dtype=np.uint16)
+    photo = Photo(Image.fromarray(eight_bits(deep)), "a photo", deep=deep)
+    edit = editor.edit(adapter, "a fox", photo=photo, mask=half(90, 60), then=TURNS, **QUICK)
+    assert edit.deep is not None and np.array_equal(edit.deep[:, :45], deep[:, :45])
+    assert np.array_equal(eight_bits(edit.deep), np.asarray(edit.image))
 
 
 def test_notes_say_their_turn(editor: Editor, adapter: Adapter) -> None:
