@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import struct
 import sys
 import zlib
@@ -61,6 +62,7 @@ def open_image(source: PhotoSource, notes: list[str]) -> tuple[str, Image.Image,
     if isinstance(source, Image.Image):
         return "PIL image", source, None
     name, content = _content(source)
+    content = _without_damaged_chunks(content, notes)
     Image.init()
     formats = [each for each in FORMATS if each in Image.OPEN]
     try:
@@ -128,6 +130,32 @@ def _content(source: Any) -> tuple[str, Path | BinaryIO]:
     return name, io.BytesIO(source)
 
 
+def _without_damaged_chunks(content: Path | BinaryIO, notes: list[str]) -> Path | BinaryIO:
+    """Drops what a PNG says beside its pixels where its checksum is wrong, since Pillow refuses the whole file."""
+    damaged = []
+    try:
+        with content.open("rb") if isinstance(content, Path) else contextlib.nullcontext(content) as file:
+            is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
+            while is_png and len(header := file.read(8)) == 8:
+                start, (length, kind) = file.tell() - 8, struct.unpack(">I4s", header)
+                if kind[0] & 32:  # in lower case: not needed for the pixels
+                    checked = kind + file.read(length)
+                    if file.read(4) != struct.pack(">I", zlib.crc32(checked)):
+                        damaged.append((start, file.tell()))
+                else:
+                    file.seek(length + 4, io.SEEK_CUR)
+    except PermissionError:
+        return content  # which opening it names
+    content = _rewound(content)
+    if not damaged:
+        return content
+    notes.append("some of what it says beside its pixels is damaged, and dropped")
+    whole = content.read_bytes() if isinstance(content, Path) else content.read()
+    for start, end in reversed(damaged):
+        whole = whole[:start] + whole[end:]
+    return io.BytesIO(whole)
+
+
 def _reduced(name: str, content: Path | BinaryIO, notes: list[str]) -> Image.Image:
     """Opens a JPEG with too many pixels at a half, a quarter or an eighth of its size; refuses other files."""
     most = _most()
@@ -180,6 +208,7 @@ def _heic(name: str, content: Path | BinaryIO) -> Image.Image:
 def _tiff(name: str, content: Path | BinaryIO, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
     """Reads a TIFF whose depth Pillow doesn't know, such as RGB in floats, with tifffile: high and low bytes."""
     way_out = "save it as a TIFF or PNG of 8 or 16 bits"
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it would print becomes one error
     try:
         import tifffile
     except ImportError:

@@ -102,3 +102,16 @@ def test_whole_blocks_are_kept_without_a_note(tmp_path: Path, kind: str) -> None
                 assert saved.getexif()[0x8298] == "(c)"
                 assert saved.getexif().get_ifd(0x8769)[0xA432] == (24.0, 70.0, 2.8, 4.0)
         assert name != "icc_profile" or photo.profile == block
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_wrong_checksum_of_a_block_costs_the_block_alone(tmp_path: Path, name: str) -> None:
+    content = bytearray(file_of("PNG", name, BLOCKS[name]))
+    place = content.index({"exif": b"eXIf", "icc_profile": b"iCCP", "xmp": b"iTXt"}[name])
+    content[place + 20] ^= 255
+    (tmp_path / "photo.png").write_bytes(content)
+    for source in (tmp_path / "photo.png", bytes(content)):
+        photo = load_photo(source)
+        assert photo.notes == ("some of what it says beside its pixels is damaged, and dropped",)
+        assert np.array_equal(np.asarray(photo.image), np.asarray(picture()))
+        assert photo.exif == b"" and photo.profile is None
