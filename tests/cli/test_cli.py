@@ -139,7 +139,7 @@ def turned(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("write", "note"),
-    [(cmyk, ""), (deep, "8 bits"), (transparent, "on white"), (animated, "first of 3"), (turned, "")],
+    [(cmyk, ""), (deep, ""), (transparent, "become white"), (animated, "first of 3"), (turned, "")],
 )
 def test_unusual_photos_are_fitted(
     tmp_path: Path, tiny_sd15: Path, write: Callable[[Path], None], note: str
