@@ -1,13 +1,21 @@
 """Edits at the photo's own size, against the known truth.
 
     python -m benchmarks.details lights FOLDER -o benchmarks/results/details/lights.json
+    python -m benchmarks.details kinds FOLDER -o benchmarks/results/details/kinds.json
     python -m benchmarks.details edits -o benchmarks/results/details/edits.json
     python -m benchmarks.details turns -o benchmarks/results/details/turns.json
 
 The first changes the light of real photos by functions, at the photo's size and at the base's: how much of the truth
+<<<<<<< HEAD
 `photo/composition.py` restores, if the base's own edit were right. The second fits scenes of the test lists, rendered
 at eight times the base's size, and edits them. "Enlarged" is the base's own image, enlarged. The third edits such
 scenes six times in sequence, each time something local: how much stays of what nobody touched.
+=======
+`photo/composition.py` restores, if the base's own edit were right. The second composes true edits of scenes of the
+test lists and of real photos through the base's autoencoder, local ones also exact, and measures kinds, borders and
+ghosts. The third fits scenes of the test lists, rendered at eight times the base's size, and edits them. "Enlarged" is
+the base's own image, enlarged.
+>>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
 """
 
 from __future__ import annotations
@@ -15,6 +23,8 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +33,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
+<<<<<<< HEAD
 from lora_unitune import Edit, Editor, History, fit
+=======
+from lora_unitune import Editor, fit
+from lora_unitune.editing.prompts import asks_for_a_style
+>>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
 from lora_unitune.output import write_atomically
-from lora_unitune.photo.composition import compose, find_changes
+from lora_unitune.photo.colors import to_bytes
+from lora_unitune.photo.composition import Changes, compose, find_changes
+from lora_unitune.photo.details import add_detail
 from lora_unitune.photo.framing import choose_size, frame, seen_part
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
+<<<<<<< HEAD
 from lora_unitune.pocket.world import COMPANIONS, SIDE, Change, Scene, counterfactual, render
 from lora_unitune.pocket.world.drawing import LIGHT, SEPIA
 from lora_unitune.pocket.world.sprites import OBJECTS
+=======
+from lora_unitune.pocket.world import SIDE, Scene, render
+from lora_unitune.pocket.world.drawing import LIGHT, LOOKS, SEPIA
+>>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
 from lora_unitune.settings import PhotoSettings
 
 from .counterfactual.measures import interval, psnr
@@ -44,7 +66,12 @@ SCALE = 8
 FIELDS = {"object": OBJECTS, "companion": COMPANIONS}
 """What the turns change, in turn."""
 SMALLEST = 1024  # pixels of a photo's shorter side
+EDGE = 0.05  # gradient of an edge
+FEWEST = 200  # pixels that a gradient is measured on
 Values = NDArray[np.float64]
+Row = dict[str, Any]
+Case = tuple[str, str, tuple[str, ...], NDArray[np.uint8], NDArray[np.uint8]]
+"""Name of a photo, the edit, the kinds that are right, the photo and its truth."""
 
 
 def night(values: Values) -> Values:
@@ -102,12 +129,63 @@ def kept_bytes(photo: NDArray[np.uint8], truth: NDArray[np.uint8], edit: NDArray
     return float((edit == photo).all(2)[outside].mean()) if outside.any() else float("nan")
 
 
+def energy(image: NDArray[np.uint8]) -> Values:
+    """The squared gradient of each pixel, (h, w), of values in [0, 1]."""
+    values = image / 255.0
+    down, along = (np.diff(values, axis=axis, append=values.take([-1], axis)) for axis in (0, 1))
+    return (down**2 + along**2).sum(2)
+
+
+def ghost(photo: NDArray[np.uint8], truth: NDArray[np.uint8], edit: NDArray[np.uint8]) -> float:
+    """The gradient energy that is left where the photo has edges that the truth doesn't have; NaN if it has few."""
+    before, true, after = (energy(image) for image in (photo, truth, edit))
+    old = (before > EDGE**2) & (true < 0.1 * before) & (np.abs(photo.astype(int) - truth).max(2) > 2)
+    return float(after[old].sum() / before[old].sum()) if old.sum() > FEWEST else float("nan")
+
+
+def seam(truth: NDArray[np.uint8], edit: NDArray[np.uint8], changes: Changes) -> float:
+    """The mean gradient at the borders of replaced regions, of at least one level of 255, in units of the truth's."""
+    shown = F.interpolate(changes.replaced, truth.shape[:2], mode="bilinear")[0, 0].numpy()
+    border = (shown > 0.25) & (shown < 1)
+    if border.sum() < FEWEST:
+        return float("nan")
+    after, true = (max(float(np.sqrt(energy(image))[border].mean()), 1 / 255) for image in (edit, truth))
+    return after / true
+
+
+def borders(
+    photo: NDArray[np.uint8], truth: NDArray[np.uint8], edit: NDArray[np.uint8], changes: Changes
+) -> Row:
+    """What is kept of a photo outside of a local edit, and how well it is put in."""
+    measures = {
+        "kept": kept_bytes(photo, truth, edit),
+        "ghost": ghost(photo, truth, edit),
+        "seam": seam(truth, edit, changes),
+    }
+    return {name: round(value, 4) if np.isfinite(value) else None for name, value in measures.items()}
+
+
+def _borders(rows: list[Row]) -> Row:
+    """Summaries of `borders` over edits that should be local, and the share of them within each bound."""
+    bounds = {
+        "kept": lambda value: value >= 0.99,
+        "ghost": lambda value: value < 0.1,
+        "seam": lambda value: value <= 1.2,
+    }
+    result: Row = {}
+    for name, within in bounds.items():
+        values = [row[name] for row in rows if row.get(name) is not None]
+        result[name] = _summary(values) | {"within": round(float(np.mean([within(v) for v in values])), 3)}
+    return result
+
+
 def _summary(values: list[float]) -> dict[str, Any]:
     kept = np.array([value for value in values if np.isfinite(value)])
     if not len(kept):
         return {"edits": 0}
     mean, low, high = (round(float(each), 3) for each in interval(kept[:, None]))
-    return {"edits": len(kept), "mean": mean, "interval": [low, high], "least": round(float(kept.min()), 3)}
+    least, most = (round(float(each), 3) for each in (kept.min(), kept.max()))
+    return {"edits": len(kept), "mean": mean, "interval": [low, high], "least": least, "most": most}
 
 
 @click.group(help=__doc__)
@@ -152,12 +230,81 @@ def run_lights(folder: Path, output: Path) -> None:
     _write(output, result)
 
 
+@main.command("kinds")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--pairs", "count", default=50, show_default=True, type=click.IntRange(1), help="Of each list.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False))
+@torch.no_grad()
+def run_kinds(folder: Path, count: int, output: Path) -> None:
+    """True edits of scenes at 512 and 1,024 pixels, and of the middles of a FOLDER's photos, at pocket's size."""
+    base, rows = Editor("pocket").base, list[Row]()
+    for name, what, kinds, before, truth in chain(_scenes(count), _looks(folder)):
+        small, edit = (_reduced(image) for image in (before, truth))
+        redraws = [base.decode(base.encode(2 * image - 1)[0]) for image in (small, edit)]
+        ways = {"autoencoder": add_detail(small, *redraws).clamp(0, 1)}
+        if kinds == ("local",):
+            ways["exact"] = edit
+        for way, pixels in ways.items():
+            changes = styled = find_changes(small, pixels)
+            if asks_for_a_style(what):
+                styled = find_changes(small, pixels, True)
+            image = compose(before, styled, (0, 0, *before.shape[1::-1]))
+            large = enlarged(Image.fromarray(to_bytes(pixels[0])), before.shape[1::-1])
+            row = {"photo": name, "edit": what, "way": way, "expected": list(kinds), "found": styled.kind}
+            row |= {"without_words": changes.kind, "psnr": round(likeness(image, truth), 2)}
+            row |= {"enlarged_psnr": round(likeness(large, truth), 2)}
+            rows.append(row | (borders(before, truth, image, styled) if kinds == ("local",) else {}))
+            click.echo(str(rows[-1]), err=True)
+    result: Row = {"made": origin(torch.device("cpu"))}
+    for way in ("exact", "autoencoder"):
+        of = [row for row in rows if row["way"] == way]
+        table = Counter(f"{'/'.join(row['expected'])}: {row['found']}" for row in of)
+        result[way] = {
+            "right": _summary([float(row["found"] in row["expected"]) for row in of]),
+            "right_without_words": _summary([float(row["without_words"] in row["expected"]) for row in of]),
+            "kinds": dict(sorted(table.items())),
+            "local": _borders([row for row in of if row["expected"] == ["local"]]),
+        }
+    _write(output, {**result, "rows": rows})
+
+
+def _scenes(count: int) -> Iterator[Case]:
+    """Scenes and their truths, one in six at 1,024 pixels; a second object is put in or taken out by turns."""
+    for which, split in TEST.items():
+        for number, pair in enumerate(draw_pairs(split, count)):
+            scenes, side = [pair.before, pair.truth.scene], SIDE * SCALE * (1 + (number % 6 == 0))
+            taken = pair.kind == "companion" and pair.photo % 2 == 1
+            before, truth = (np.asarray(render(scene, side)) for scene in (scenes[::-1] if taken else scenes))
+            what = f"without {pair.truth.scene.companion}" if taken else pair.prompt
+            yield f"{which} {pair.photo}", what, expected(pair), before, truth
+
+
+def _looks(folder: Path) -> Iterator[Case]:
+    """The middles of real photos with functions of light and look, and unchanged."""
+    for path in sorted(folder.iterdir()):
+        photo = load_photo(path).image
+        side = SIDE * SCALE
+        middle = ImageOps.fit(photo, (side, side), Image.Resampling.LANCZOS)
+        values = np.asarray(middle)
+        for name, light in LIGHTS.items():
+            yield path.name, name, ("relit",), values, (light(values / 255.0) * 255).round().astype(np.uint8)
+        for look, words in (("sketch", "a pencil sketch"), ("pixel", "pixel art")):
+            yield path.name, words, ("restyled",), values, np.asarray(LOOKS[look](middle, side))
+        yield path.name, "nothing", ("nothing",), values, values
+
+
+def _reduced(image: NDArray[np.uint8]) -> torch.Tensor:
+    """An image at pocket's size, (1, 3, 64, 64) in [0, 1]."""
+    small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return photo_to_tensor(load_photo(small)) / 2 + 0.5
+
+
 @main.command("edits")
 @click.option("--pairs", "count", default=60, show_default=True, type=click.IntRange(1), help="Of each list.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False))
 def run_edits(count: int, output: Path) -> None:
     """Scenes of the test lists at eight times the base's size, fitted and edited."""
-    editor, rows, table = Editor("pocket"), list[dict[str, Any]](), Counter[str]()
+    editor, rows, table = Editor("pocket"), list[Row](), Counter[str]()
     for which, split in TEST.items():
         for number, group in photos(draw_pairs(split, count)):
             photo = render(group[0].before, SIDE * SCALE)
@@ -182,7 +329,7 @@ def run_edits(count: int, output: Path) -> None:
                 kind: _summary([row["psnr"] - row["enlarged_psnr"] for row in of])
                 for kind, of in by_kind.items()
             },
-            "kept": _summary([row["kept"] for row in local]),
+            "local": _borders(local),
             "rows": rows,
         },
     )
@@ -254,7 +401,7 @@ def _measured(pair: Pair, photo: NDArray[np.uint8], edit: Any) -> dict[str, Any]
         "found": edit.changes.kind,
         "enlarged_psnr": round(likeness(large, truth), 2),
         "psnr": round(likeness(image, truth), 2),
-        "kept": round(kept_bytes(photo, truth, image), 4),
+        **borders(photo, truth, image, edit.changes),
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_unitune import Editor, fit
+from lora_unitune.editing.finish import composed
 from lora_unitune.families import default_recipe
 from lora_unitune.recipe import Recipe
 
@@ -56,7 +57,9 @@ class UniTune:
         chosen = {name: value for name, value in dials.items() if "." not in name}
         settings = dataclasses.replace(recipe.edit, **chosen)
         texts = [f"{fitted.rare_tokens} {pair.prompt}" if fitted else pair.prompt for pair in pairs]
-        return to_bytes(editor.pixels(fitted, texts, "", photo_start(editor, pairs), seeds, settings))
+        start = photo_start(editor, pairs)
+        images = editor.pixels(fitted, texts, "", start, seeds, settings)
+        return to_bytes(composed(editor.base, images, texts, start, settings)[0])
 
 
 class NoFit(UniTune):

@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from operator import truediv
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
-
-from lora_unitune.editing.record import Edit, to_image
-from lora_unitune.editing.start import Start
-from lora_unitune.families import Base
-from lora_unitune.photo.composition import Changes, compose, find_changes
+from lora_unitune.photo.composition import Changes, apply_changes, compose, find_changes
 from lora_unitune.photo.depth import eight_bits
 from lora_unitune.photo.details import add_detail
 from lora_unitune.photo.framing import SMALLEST_SIDE, Box, faded, seen_part, with_context
@@ -39,73 +26,55 @@ def finished(base: Base, images: Tensor, text: str, start: Start, settings: Edit
         start: What they started from.
         settings: Settings of the edits.
     """
+    images, found = composed(base, images, [text] * len(images), start, settings)
     own = [to_image(pixels) for pixels in images]
-    if (
-        start.whole is None
-        or start.pixels is None
-        or start.photo is None
-        or not _is_composed(start, settings)
-    ):
-        kinds = _kinds(base, images, start, settings)
+    kinds = [{"kind": changes.kind} for changes in found] or [{} for _ in own]
+    if start.whole is None or not found or settings.size == "base":
         sizes = [{"image_size": list(image.size), **kind} for image, kind in zip(own, kinds, strict=True)]
         return [Edit(image, text, more, 0.0, (), image) for image, more in zip(own, sizes, strict=True)]
-    if not settings.details:  # with them, the base's errors are gone already
-        images = add_detail(start.pixels, base.decode(start.photo).cpu(), images.cpu()).clamp(0, 1)
-    original = start.earlier.photo if start.earlier else start.whole
-    seen = seen_part(start.whole.image.size, start.size, start.box)
+    box = seen_part(start.whole.image.size, start.size)
     mask = None if start.mask is None else np.asarray(start.mask)
     edits = list[Edit]()
-    for image, pixels in zip(own, images, strict=True):
-        changes = find_changes(start.pixels, pixels[None].cpu())
-        composed = _composed(start.whole.pixels, changes, seen, start.box, mask)
-        deep = composed if composed.dtype == np.uint16 else None
-        whole = Image.fromarray(composed if deep is None else eight_bits(composed))
+    for image, changes in zip(own, found, strict=True):
+        large = compose(start.whole.pixels, changes, box, mask)
+        deep = large if large.dtype == np.uint16 else None
+        whole = Image.fromarray(large if deep is None else eight_bits(large))
         notes = change_notes(changes, start.size)
         values = {"image_size": list(whole.size), "kind": changes.kind}
-        if start.box is not None:
-            left, top, right, bottom = start.box
-            values["box"] = [left, top, right - left, bottom - top]
-        elif mask is None:
-            notes += box_notes(changes, start.size, seen)
-        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, original, deep))
+        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, start.whole, deep))
     return edits
 
 
-def _kinds(base: Base, images: Tensor, start: Start, settings: EditSettings) -> list[dict[str, str]]:
-    """Returns the kind of each edit of the base's size; without a photo there is none."""
-    if start.photo is None:
-        return [{} for _ in images]
-    photo = start.pixels if settings.details else None  # without them, the base's errors are in the edit
-    photo = base.decode(start.photo).cpu() if photo is None else photo
-    return [{"kind": find_changes(photo, image[None].cpu()).kind} for image in images]
+@torch.no_grad()
+def composed(
+    base: Base, images: Tensor, texts: Sequence[str], start: Start, settings: EditSettings
+) -> tuple[Tensor, list[Changes]]:
+    """Returns images with the photo's own pixels wherever they change nothing or only the light, and their changes.
 
-
-def _is_composed(start: Start, settings: EditSettings) -> bool:
-    """Returns whether edits are composed into what they start from.
-
-    An edit of an edit is so at the base's size too: else each turn would lose what the autoencoder loses.
+    Args:
+        base: The base.
+        images: Sampled images, (b, 3, h, w) float32 in [0, 1].
+        texts: The prompt of each.
+        start: What they started from; without a photo, there are no changes.
+        settings: Settings of the edits; without details, the images stay as they are.
     """
-    is_own = start.earlier is not None and start.earlier.image.size == start.size
-    return settings.size == "photo" or is_own
-
-
-def _composed(
-    photo: NDArray[Any], changes: Changes, seen: Box, box: Box | None, mask: NDArray[np.uint8] | None
-) -> NDArray[Any]:
-    """Returns the photo with an edit's changes; outside of a box and its context, with all of its own values."""
-    if box is None:
-        return compose(photo, changes, seen, mask)
-    left, top, right, bottom = seen
-    shown = faded((photo.shape[1], photo.shape[0]), seen, box)
-    if mask is not None:
-        shown = np.asarray((shown.astype(np.uint16) * mask[top:bottom, left:right] + 127) // 255, np.uint8)
-    whole, part = photo.copy(), photo[top:bottom, left:right]
-    whole[top:bottom, left:right] = compose(part, changes, (0, 0, right - left, bottom - top), shown)
-    return whole
+    if start.photo is None or not len(images):
+        return images, []
+    photo, edits = start.pixels, images.cpu()
+    if photo is None or not settings.details:
+        redraw = base.decode(start.photo).cpu()
+        photo = redraw if photo is None else photo
+        if not settings.details:  # with them, the base's errors are gone already
+            edits = add_detail(photo, redraw, edits).clamp(0, 1)
+    styled = [asks_for_a_style(text) for text in texts]
+    found = [find_changes(photo, edit[None], style) for edit, style in zip(edits, styled, strict=True)]
+    if settings.details:
+        images = torch.cat([apply_changes(photo, changes) for changes in found])
+    return images, found
 
 
 def change_notes(changes: Changes, size: tuple[int, int]) -> tuple[str, ...]:
-    """Returns notes on an edit that changes nothing, or that keeps no detail of the photo.
+    """Returns notes on an edit that changes nothing, or that keeps little detail of the photo.
 
     Args:
         changes: What the edit changes.
@@ -114,7 +83,7 @@ def change_notes(changes: Changes, size: tuple[int, int]) -> tuple[str, ...]:
     if changes.kind == "nothing":
         return ("the edit changes nothing; raise edit.guidance, or say more in the prompt",)
     enlarged = (
-        f"the edit changes nearly all of the photo, so it is enlarged from {size[0]} x {size[1]} pixels"
+        f"the edit has another style than the photo, so most is enlarged from {size[0]} x {size[1]} pixels"
     )
     return (enlarged,) if changes.kind == "restyled" else ()
 

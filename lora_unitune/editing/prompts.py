@@ -24,6 +24,18 @@ _PERSONAL = re.compile(
 )
 """Words for what belongs to a person: skin, origin, age, gender."""
 
+_STYLE = re.compile(
+    r"\b(?:sketch|drawing|painting|pixel art|cartoon|comic|anime|manga|water ?colou?r|mosaic|engraving|woodcut|"
+    r"etching|line art|ink|crayon|charcoal|pastel|origami|low poly|stained glass|cross ?stitch|graffiti)\b",
+    re.IGNORECASE,
+)
+"""Words for pictures that keep no fine detail of a photo."""
+
+
+def asks_for_a_style(text: str) -> bool:
+    """Returns whether a prompt asks for a picture of another kind than a photo, such as a sketch."""
+    return _STYLE.search(text) is not None
+
 
 def checked_text(name: str, text: Any) -> str:
     """Returns a text for the base's tokenizer; None is the empty text.

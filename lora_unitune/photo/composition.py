@@ -27,8 +27,19 @@ _MOVED = 0.06  # a change of color above the base's own error
 _RELIT = 0.15  # the part of a picture with such changes from which it is relit
 _SEED, _REST = 0.16, 0.08  # unexplained change with which a replaced region begins, and with which it goes on
 _KEPT = 0.03  # a change up to which a place of a relit picture is the photo's
+_WEAK = 0.4  # the part of the largest change in a picture up to which another is the base's error
 _WIDE, _NARROW = 10, 2  # radius of windows in pixels
-_RESTYLED = 0.6
+_RESTYLED, _STYLED = (
+    0.5,
+    0.7,
+)  # kept part of the detail below which a picture is restyled; if the prompt says so
+_MOST = 0.6  # replaced part of a picture from which it is
+_SAME, _LOST = (
+    0.05,
+    0.4,
+)  # unexplained part of an edit's detail up to which it is the photo's; from which it isn't
+_INSIDE = 0.4  # kept part of the detail of changed regions from which only their light changes
+_NOISE = 0.01  # standard deviation of detail that doesn't count
 _LARGEST = 128  # pixels of a side
 _STRIP = 2**20  # pixels
 
@@ -38,8 +49,9 @@ class Changes:
     """What an edit changes in a photo, at the base's size or smaller.
 
     Attributes:
-        kind: "nothing"; "local", something was put in or taken out; "relit", other light or colors; "both"; or
-            "restyled", such as a sketch, which keeps no detail of the photo.
+        kind: "nothing"; "local", something was put in or taken out, or a part has other colors; "relit", other light
+            or colors of much of the photo; "both"; or "restyled", such as a sketch, which keeps little of the photo's
+            fine detail, or nothing of it.
         replaced: The part of each pixel that shows something else, (1, 1, h, w) in [0, 1].
         matrix: The map of colors elsewhere, (1, 3, 3, h, w).
         offset: What it adds, (1, 3, h, w).
@@ -53,12 +65,13 @@ class Changes:
     edit: Tensor
 
 
-def find_changes(photo: Tensor, edit: Tensor) -> Changes:
+def find_changes(photo: Tensor, edit: Tensor, styled: bool = False) -> Changes:
     """Splits an edit into a map of the photo's colors and regions that show something else.
 
     Args:
         photo: The photo at the base's size.
         edit: The edit without the base's errors in the photo, as `details.restore` or `details.add_detail` return it.
+        styled: Whether its prompt asks for another style: less lost detail then makes it "restyled".
 
     Returns:
         The changes; all but the edit at a size of at most `_LARGEST` pixels, at which the thresholds were chosen.
@@ -66,32 +79,53 @@ def find_changes(photo: Tensor, edit: Tensor) -> Changes:
     before, after = _reduced(photo), _reduced(edit)
     tone = whole_map(before, after, 0.04, 1e-2)
     toned = apply_map(*tone, before)
-    error = unexplained = largest(after - toned)
-    for _ in range(3):
-        weight = 1 / (1 + (unexplained / _REST) ** 2)
-        relit = apply_map(*local_map(before, after, _WIDE, 1e-2, weight, tone[0]), before)
-        unexplained = largest(after - relit)
+    error = largest(after - toned)
+    relit, unexplained = _relit(before, after, tone[0], error)
     moved = (largest(relit - before) > _MOVED) & (unexplained < _REST)
     is_relit = float(moved.float().mean()) > _RELIT
     same = mean(largest(after - before), 1)
-    error = torch.minimum(unexplained, same) if is_relit else error
-    replaced = F.max_pool2d(_filled(_regions(mean(error, 1))), 3, 1, 1)
-    matrix = torch.eye(3, device=photo.device)[None, :, :, None, None].repeat(1, 1, 1, *before.shape[-2:])
-    offset = torch.zeros_like(before)
     if is_relit:
-        target, weight = torch.lerp(after, toned, replaced), (1 - replaced).clamp(min=0.02)
-        lit = local_map(before, target, _NARROW, 1e-3, weight, tone[0])
-        kept = mean((same < _KEPT).float(), 1)
-        matrix, offset = torch.lerp(lit[0], matrix, kept[:, None]), torch.lerp(lit[1], offset, kept)
+        light, replaced = 1 - mean((same < _KEPT).float(), 1), _replaced(torch.minimum(unexplained, same))
+        correction = torch.zeros_like(before)
     else:
-        edit = (edit - (apply_map(*tone, photo) - photo)).clamp(0, 1)
-    if float(replaced.mean()) > _RESTYLED:
-        kind: Kind = "restyled"
-    elif replaced.any():
-        kind = "both" if is_relit else "local"
-    else:
-        kind = "relit" if is_relit else "nothing"
-    return Changes(kind, replaced, matrix, offset, edit)
+        replaced, correction = _replaced(error, _WEAK), before - toned
+        inside, lost = _detail(before, after, 1 - replaced)
+        light = replaced * (inside > _INSIDE)  # as in a shadow, or on a thing of another color
+        replaced = replaced * (lost > 0) if light.any() else replaced
+    changed = bool(light.any() or replaced.any())
+    kept, lost = _detail(before, after, replaced, nothing=1.0)
+    is_other = float(replaced.mean()) > _MOST
+    is_restyled = is_other or kept < (_STYLED if styled else _RESTYLED)
+    if is_restyled:
+        replaced, light = (
+            torch.ones_like(lost) if is_other else torch.maximum(replaced, lost),
+            torch.ones_like(lost),
+        )
+    target = torch.lerp(after, toned, replaced) + correction
+    matrix, offset = _light(before, target, replaced, tone[0], light)
+    if not is_restyled:
+        correction = correction + _membrane(apply_map(matrix, offset, before) - after - correction, replaced)
+        edit = (edit + F.interpolate(correction, edit.shape[-2:], mode="bilinear")).clamp(0, 1)
+    return Changes(
+        _kind(is_restyled, is_relit, bool(replaced.any()), changed), replaced, matrix, offset, edit
+    )
+
+
+def _kind(is_restyled: bool, is_relit: bool, has_regions: bool, changed: bool) -> Kind:
+    if is_restyled:
+        return "restyled"
+    if is_relit:
+        return "both" if has_regions else "relit"
+    return "local" if changed else "nothing"
+
+
+def _light(
+    before: Tensor, target: Tensor, replaced: Tensor, prior: Tensor, light: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns a map of colors of narrow windows, outside of replaced regions, as far as there is other light."""
+    lit = local_map(before, target, _NARROW, 1e-3, (1 - replaced).clamp(min=0.02), prior)
+    identity = torch.eye(3, device=before.device)[None, :, :, None, None]
+    return torch.lerp(identity.expand_as(lit[0]), lit[0], light[:, None]), lit[1] * light
 
 
 def compose(
@@ -138,13 +172,13 @@ def apply_changes(photo: Tensor, changes: Changes) -> Tensor:
 
 def _planes(changes: Changes) -> Tensor:
     """Returns where the edit is shown, and the map of colors elsewhere, as one image (1, 13, h, w)."""
-    replaced = torch.ones_like(changes.replaced) if changes.kind == "restyled" else changes.replaced
-    return torch.cat([replaced, changes.matrix.flatten(1, 2), changes.offset], 1)
+    return torch.cat([changes.replaced, changes.matrix.flatten(1, 2), changes.offset], 1)
 
 
 def _mixed(photo: Tensor, edit: Tensor, planes: Tensor) -> Tensor:
     """Returns a photo with an edit's changes, all of one size."""
     replaced, matrix, offset = planes.split([1, 9, 3], 1)
+    replaced = (2 * replaced - 1).clamp(min=0)
     relit = apply_map(matrix.unflatten(1, (3, 3)), offset, photo).clamp(0, 1)
     return torch.lerp(relit, edit, replaced)
 
@@ -165,13 +199,48 @@ def _lines(planes: Tensor, axis: int, pixels: NDArray[np.int64], start: int, end
     return torch.lerp(planes.index_select(axis, below), planes.index_select(axis, above), share)
 
 
-def _regions(error: Tensor) -> Tensor:
-    """Returns the regions of an error above one threshold that rise above another somewhere, 0 or 1."""
+def _relit(before: Tensor, after: Tensor, prior: Tensor, unexplained: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a photo in an edit's light, of wide windows, and what of the edit it doesn't explain."""
+    for _ in range(3):
+        weight = 1 / (1 + (unexplained / _REST) ** 2)
+        relit = apply_map(*local_map(before, after, _WIDE, 1e-2, weight, prior), before)
+        unexplained = largest(after - relit)
+    return relit, unexplained
+
+
+def _detail(before: Tensor, after: Tensor, replaced: Tensor, nothing: float = 0.0) -> tuple[float, Tensor]:
+    """Returns how much of a photo's fine detail an edit keeps outside of regions, and where it has other detail.
+
+    The first is `nothing` where the photo has no detail.
+    """
+    relit = apply_map(*local_map(before, after, _NARROW, 1e-3, (1 - replaced).clamp(min=0.02)), before)
+    detail, edited, wrong = (
+        mean((image - mean(image, 3)).square().mean(1, keepdim=True), 3)
+        for image in (before, after, after - relit)
+    )
+    wrong = (wrong - _NOISE**2) / edited.clamp(min=_NOISE**2)
+    weight = detail.sqrt() * (detail > _NOISE**2) * (1 - F.max_pool2d(replaced, 3, 1, 1))
+    kept = float((weight * (wrong < _SAME)).sum() / weight.sum()) if weight.any() else nothing
+    return kept, mean((wrong > _LOST).float(), 1)
+
+
+def _membrane(error: Tensor, inside: Tensor) -> Tensor:
+    """Returns an error with its values in regions replaced by those around them, continued smoothly."""
+    outside = torch.where(inside > 0, 0.0, error)
+    spread = outside
+    for _ in range(32):
+        spread = torch.where(inside > 0, mean(spread, 2), outside)
+    return spread
+
+
+def _replaced(error: Tensor, weak: float = 0.0) -> Tensor:
+    """Returns where an error is above one threshold, in regions that rise above another, without holes, 0 or 1."""
+    error = mean(error, 1)
     inside = (error > _REST).float()
-    found = (error > _SEED).float()
+    found = (error > max(_SEED, weak * float(error.max()))).float()
     while not torch.equal(more := F.max_pool2d(found, 3, 1, 1) * inside, found):
         found = more
-    return found
+    return F.max_pool2d(_filled(found), 3, 1, 1)
 
 
 def _filled(regions: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_unitune.photo.colors import apply_map, local_map, mean
-from lora_unitune.photo.composition import apply_changes, find_changes
 
 UNKNOWN = 0.54
 """Doubt, in units of x0, that marks a region as something that the base can't draw; measured on pocket."""
@@ -25,8 +24,7 @@ _EDGES = 3e-3  # the same for the mask
 def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tensor:
     """Returns edits with the photo's own pixels, in the edit's light, where the base can't draw them.
 
-    Elsewhere an edit gets the photo's fine detail wherever it keeps the photo's structure, and the photo's own pixels
-    wherever it changes nothing or only the light.
+    Elsewhere an edit gets the photo's fine detail wherever it keeps the photo's structure.
 
     Args:
         photo: The photo.
@@ -39,8 +37,7 @@ def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tenso
     """
     doubted = doubted_pixels(photo, doubt)
     relit = transfer_colors(photo, redraw, edit, doubted)
-    restored = torch.lerp(add_detail(photo, redraw, edit), relit, doubted).clamp(0, 1)
-    return torch.cat([apply_changes(photo, find_changes(photo, one[None])) for one in restored])
+    return torch.lerp(add_detail(photo, redraw, edit), relit, doubted).clamp(0, 1)
 
 
 def doubted_pixels(photo: Tensor, doubt: Tensor) -> Tensor:

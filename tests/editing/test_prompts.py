@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_unitune.cli.words import pocket_words
-from lora_unitune.editing.prompts import prompt_notes, unknown_words
+from lora_unitune.editing.prompts import asks_for_a_style, prompt_notes, unknown_words
 from lora_unitune.families import Base
 from lora_unitune.pocket import world
 from lora_unitune.pocket.pretraining.assembly import rare_words
@@ -87,3 +87,24 @@ def test_a_prompt_for_what_belongs_to_a_person_gets_one_note(base15: Base, promp
 )
 def test_other_prompts_get_none(base15: Base, prompt: str) -> None:
     assert not [note for note in prompt_notes(base15, prompt=prompt) if "consent" in note]
+
+
+def test_words_for_a_style() -> None:
+    for prompt in (
+        "a pencil sketch of a fox",
+        "Pixel Art",
+        "an oil painting",
+        "watercolour",
+        "zqrt a cartoon",
+    ):
+        assert asks_for_a_style(prompt)
+    for prompt in (
+        "a fox at night",
+        "a sepia photo",
+        "pink paint",
+        "a drawn sword",
+        "sinking",
+        "a picture of a fox",
+        "",
+    ):
+        assert not asks_for_a_style(prompt)

@@ -14,7 +14,12 @@ from command_line import refused, run
 from PIL import Image
 
 from lora_unitune import Adapter, Editor, PhotoError, SettingError
+<<<<<<< HEAD
 from lora_unitune.photo.reading import load_photo
+=======
+from lora_unitune.editing import finish
+from lora_unitune.photo.composition import Changes
+>>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
 from lora_unitune.photo.writing import read_settings
 
 SHAPES = [(64, 64), (90, 61), (47, 130), (32, 32), (16, 200)]
@@ -46,6 +51,22 @@ def test_an_edit_has_the_photos_size(
     assert base.image.size == adapter.size and base.changes is None
     assert edit.base_image is not None and edit.base_image.tobytes() == base.image.tobytes()
     assert edit.settings["image_size"] == list(shape) and edit.settings["size"] == "photo"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_changes_are_found_once(
+    editor: Editor, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """The base's own image has the photo's pixels where its changes say so, whether the file or the caller has it."""
+    found, ours = list[Changes](), finish.find_changes
+    monkeypatch.setattr(finish, "find_changes", lambda *of: found.append(ours(*of)) or found[-1])
+    photo = picture(*adapter.size)
+    edit = editor.edit(
+        adapter, "a pencil sketch", details=True, residual=True, **({"photo": photo} if given else {})
+    )
+    assert len(found) == 1 and edit.base_image is not None
+    assert edit.changes is (found[0] if given else None)
+    assert edit.settings["kind"] == found[0].kind
 
 
 def test_without_a_photo_an_edit_has_the_bases_size(editor: Editor, adapter: Adapter) -> None:
