@@ -6,16 +6,10 @@
     python -m benchmarks.details turns -o benchmarks/results/details/turns.json
 
 The first changes the light of real photos by functions, at the photo's size and at the base's: how much of the truth
-<<<<<<< HEAD
-`photo/composition.py` restores, if the base's own edit were right. The second fits scenes of the test lists, rendered
-at eight times the base's size, and edits them. "Enlarged" is the base's own image, enlarged. The third edits such
-scenes six times in sequence, each time something local: how much stays of what nobody touched.
-=======
 `photo/composition.py` restores, if the base's own edit were right. The second composes true edits of scenes of the
 test lists and of real photos through the base's autoencoder, local ones also exact, and measures kinds, borders and
-ghosts. The third fits scenes of the test lists, rendered at eight times the base's size, and edits them. "Enlarged" is
-the base's own image, enlarged.
->>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
+ghosts. The third fits scenes of the test lists, rendered at eight times the base's size, and edits them. The fourth
+edits such scenes six times in sequence. "Enlarged" is the base's own image, enlarged.
 """
 
 from __future__ import annotations
@@ -35,26 +29,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-<<<<<<< HEAD
 from lora_unitune import Edit, Editor, History, fit
-=======
-from lora_unitune import Editor, fit
 from lora_unitune.editing.prompts import asks_for_a_style
->>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
 from lora_unitune.output import write_atomically
 from lora_unitune.photo.colors import to_bytes
 from lora_unitune.photo.composition import Changes, compose, find_changes
 from lora_unitune.photo.details import add_detail
 from lora_unitune.photo.framing import choose_size, frame, seen_part
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
-<<<<<<< HEAD
 from lora_unitune.pocket.world import COMPANIONS, SIDE, Change, Scene, counterfactual, render
-from lora_unitune.pocket.world.drawing import LIGHT, SEPIA
-from lora_unitune.pocket.world.sprites import OBJECTS
-=======
-from lora_unitune.pocket.world import SIDE, Scene, render
 from lora_unitune.pocket.world.drawing import LIGHT, LOOKS, SEPIA
->>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
+from lora_unitune.pocket.world.sprites import OBJECTS
 from lora_unitune.settings import PhotoSettings
 
 from .counterfactual.measures import interval, psnr
@@ -114,7 +99,7 @@ def expected(pair: Pair) -> tuple[str, ...]:
 
 
 def outside_of_truth(photo: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """The pixels, (h, w), outside of what the truth changes, grown by two latents."""
+    """The pixels, (h, w), outside of what the truth changes, grown by two latents, or one at 1,024."""
     changes = torch.from_numpy((np.abs(photo.astype(int) - truth).max(2) > 2).astype(np.float32))
     cells = F.max_pool2d(changes[None, None], SCALE)
     outside: NDArray[np.bool_] = (
@@ -167,15 +152,12 @@ def borders(
 
 def _borders(rows: list[Row]) -> Row:
     """Summaries of `borders` over edits that should be local, and the share of them within each bound."""
-    bounds = {
-        "kept": lambda value: value >= 0.99,
-        "ghost": lambda value: value < 0.1,
-        "seam": lambda value: value <= 1.2,
-    }
+    bounds = {"kept": (0.99, 1.0), "ghost": (0.0, 0.1), "seam": (0.0, 1.2)}
     result: Row = {}
-    for name, within in bounds.items():
+    for name, (low, high) in bounds.items():
         values = [row[name] for row in rows if row.get(name) is not None]
-        result[name] = _summary(values) | {"within": round(float(np.mean([within(v) for v in values])), 3)}
+        within = float(np.mean([low <= value <= high for value in values])) if values else None
+        result[name] = _summary(values) | {"within": within and round(within, 3)}
     return result
 
 
@@ -252,11 +234,11 @@ def run_kinds(folder: Path, count: int, output: Path) -> None:
             large = enlarged(Image.fromarray(to_bytes(pixels[0])), before.shape[1::-1])
             row = {"photo": name, "edit": what, "way": way, "expected": list(kinds), "found": styled.kind}
             row |= {"without_words": changes.kind, "psnr": round(likeness(image, truth), 2)}
-            row |= {"enlarged_psnr": round(likeness(large, truth), 2)}
-            rows.append(row | (borders(before, truth, image, styled) if kinds == ("local",) else {}))
+            more = borders(before, truth, image, styled) if kinds == ("local",) else {}
+            rows.append({**row, "enlarged_psnr": round(likeness(large, truth), 2), **more})
             click.echo(str(rows[-1]), err=True)
     result: Row = {"made": origin(torch.device("cpu"))}
-    for way in ("exact", "autoencoder"):
+    for way in dict.fromkeys(row["way"] for row in rows):
         of = [row for row in rows if row["way"] == way]
         table = Counter(f"{'/'.join(row['expected'])}: {row['found']}" for row in of)
         result[way] = {
@@ -282,9 +264,8 @@ def _scenes(count: int) -> Iterator[Case]:
 def _looks(folder: Path) -> Iterator[Case]:
     """The middles of real photos with functions of light and look, and unchanged."""
     for path in sorted(folder.iterdir()):
-        photo = load_photo(path).image
         side = SIDE * SCALE
-        middle = ImageOps.fit(photo, (side, side), Image.Resampling.LANCZOS)
+        middle = ImageOps.fit(load_photo(path).image, (side, side), Image.Resampling.LANCZOS)
         values = np.asarray(middle)
         for name, light in LIGHTS.items():
             yield path.name, name, ("relit",), values, (light(values / 255.0) * 255).round().astype(np.uint8)

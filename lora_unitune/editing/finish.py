@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from operator import truediv
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lora_unitune.editing.prompts import asks_for_a_style
+from lora_unitune.editing.record import Edit, to_image
+from lora_unitune.editing.start import Start
+from lora_unitune.families import Base
 from lora_unitune.photo.composition import Changes, apply_changes, compose, find_changes
 from lora_unitune.photo.depth import eight_bits
 from lora_unitune.photo.details import add_detail
@@ -28,20 +43,26 @@ def finished(base: Base, images: Tensor, text: str, start: Start, settings: Edit
     """
     images, found = composed(base, images, [text] * len(images), start, settings)
     own = [to_image(pixels) for pixels in images]
-    kinds = [{"kind": changes.kind} for changes in found] or [{} for _ in own]
-    if start.whole is None or not found or settings.size == "base":
+    if start.whole is None or not found or not _is_composed(start, settings):
+        kinds = [{"kind": changes.kind} for changes in found] or [{} for _ in own]
         sizes = [{"image_size": list(image.size), **kind} for image, kind in zip(own, kinds, strict=True)]
         return [Edit(image, text, more, 0.0, (), image) for image, more in zip(own, sizes, strict=True)]
-    box = seen_part(start.whole.image.size, start.size)
+    original = start.earlier.photo if start.earlier else start.whole
+    seen = seen_part(start.whole.image.size, start.size, start.box)
     mask = None if start.mask is None else np.asarray(start.mask)
     edits = list[Edit]()
     for image, changes in zip(own, found, strict=True):
-        large = compose(start.whole.pixels, changes, box, mask)
+        large = _at_its_size(start.whole.pixels, changes, seen, start.box, mask)
         deep = large if large.dtype == np.uint16 else None
         whole = Image.fromarray(large if deep is None else eight_bits(large))
         notes = change_notes(changes, start.size)
         values = {"image_size": list(whole.size), "kind": changes.kind}
-        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, start.whole, deep))
+        if start.box is not None:
+            left, top, right, bottom = start.box
+            values["box"] = [left, top, right - left, bottom - top]
+        elif mask is None:
+            notes += box_notes(changes, start.size, seen)
+        edits.append(Edit(whole, text, values, 0.0, notes, image, changes, original, deep))
     return edits
 
 
@@ -71,6 +92,30 @@ def composed(
     if settings.details:
         images = torch.cat([apply_changes(photo, changes) for changes in found])
     return images, found
+
+
+def _is_composed(start: Start, settings: EditSettings) -> bool:
+    """Returns whether edits are composed into what they start from.
+
+    An edit of an edit is so at the base's size too: else each turn would lose what the autoencoder loses.
+    """
+    is_own = start.earlier is not None and start.earlier.image.size == start.size
+    return settings.size == "photo" or is_own
+
+
+def _at_its_size(
+    photo: NDArray[Any], changes: Changes, seen: Box, box: Box | None, mask: NDArray[np.uint8] | None
+) -> NDArray[Any]:
+    """Returns the photo with an edit's changes; outside of a box and its context, with all of its own values."""
+    if box is None:
+        return compose(photo, changes, seen, mask)
+    left, top, right, bottom = seen
+    shown = faded((photo.shape[1], photo.shape[0]), seen, box)
+    if mask is not None:
+        shown = np.asarray((shown.astype(np.uint16) * mask[top:bottom, left:right] + 127) // 255, np.uint8)
+    whole, part = photo.copy(), photo[top:bottom, left:right]
+    whole[top:bottom, left:right] = compose(part, changes, (0, 0, right - left, bottom - top), shown)
+    return whole
 
 
 def change_notes(changes: Changes, size: tuple[int, int]) -> tuple[str, ...]:

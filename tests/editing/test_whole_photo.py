@@ -14,12 +14,9 @@ from command_line import refused, run
 from PIL import Image
 
 from lora_unitune import Adapter, Editor, PhotoError, SettingError
-<<<<<<< HEAD
-from lora_unitune.photo.reading import load_photo
-=======
 from lora_unitune.editing import finish
 from lora_unitune.photo.composition import Changes
->>>>>>> 029dd58 (An edit's kind by the fine detail it keeps, local changes of light, borders without seams, and changes found once; a benchmark of kinds, ghosts and seams)
+from lora_unitune.photo.reading import load_photo
 from lora_unitune.photo.writing import read_settings
 
 SHAPES = [(64, 64), (90, 61), (47, 130), (32, 32), (16, 200)]
