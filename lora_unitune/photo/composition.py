@@ -84,14 +84,12 @@ def find_changes(photo: Tensor, edit: Tensor, styled: bool = False) -> Changes:
     moved = (largest(relit - before) > _MOVED) & (unexplained < _REST)
     is_relit = float(moved.float().mean()) > _RELIT
     same = mean(largest(after - before), 1)
-    if is_relit:
-        light, replaced = 1 - mean((same < _KEPT).float(), 1), _replaced(torch.minimum(unexplained, same))
-        correction = torch.zeros_like(before)
-    else:
-        replaced, correction = _replaced(error, _WEAK), before - toned
-        inside, lost = _detail(before, after, 1 - replaced)
-        light = replaced * (inside > _INSIDE)  # as in a shadow, or on a thing of another color
-        replaced = replaced * (lost > 0) if light.any() else replaced
+    correction = torch.zeros_like(before) if is_relit else before - toned
+    replaced = _replaced(torch.minimum(unexplained, same)) if is_relit else _replaced(error, _WEAK)
+    inside, lost = _detail(before, after, 1 - replaced)
+    keeps = inside > _INSIDE  # as in a shadow, or on a thing of another color
+    light = 1 - mean((same < _KEPT).float(), 1) if is_relit else replaced * keeps
+    replaced = replaced * (lost > 0) if keeps else replaced
     changed = bool(light.any() or replaced.any())
     kept, lost = _detail(before, after, replaced, nothing=1.0)
     is_other = float(replaced.mean()) > _MOST
