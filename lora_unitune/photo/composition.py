@@ -86,19 +86,17 @@ def find_changes(photo: Tensor, edit: Tensor, styled: bool = False) -> Changes:
     same = mean(largest(after - before), 1)
     correction = torch.zeros_like(before) if is_relit else before - toned
     replaced = _replaced(torch.minimum(unexplained, same)) if is_relit else _replaced(error, _WEAK)
+    is_other = float(replaced.mean()) > _MOST
     inside, lost = _detail(before, after, 1 - replaced)
-    keeps = inside > _INSIDE  # as in a shadow, or on a thing of another color
+    keeps = inside > _INSIDE and not is_other  # as in a shadow, or on a thing of another color
     light = 1 - mean((same < _KEPT).float(), 1) if is_relit else replaced * keeps
     replaced = replaced * (lost > 0) if keeps else replaced
     changed = bool(light.any() or replaced.any())
     kept, lost = _detail(before, after, replaced, nothing=1.0)
-    is_other = float(replaced.mean()) > _MOST
     is_restyled = is_other or kept < (_STYLED if styled else _RESTYLED)
     if is_restyled:
-        replaced, light = (
-            torch.ones_like(lost) if is_other else torch.maximum(replaced, lost),
-            torch.ones_like(lost),
-        )
+        replaced = torch.ones_like(lost) if is_other else torch.maximum(replaced, lost)
+        light = torch.ones_like(lost)
     target = torch.lerp(after, toned, replaced) + correction
     matrix, offset = _light(before, target, replaced, tone[0], light)
     if not is_restyled:
