@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_unitune.photo.colors import apply_map, local_map, mean
+from lora_unitune.photo.colors import apply_map, largest, local_map, mean
 
 UNKNOWN = 0.54
 """Doubt, in units of x0, that marks a region as something that the base can't draw; measured on pocket."""
 DOUBTED = 0.42
 """Doubt at the border of such a region."""
+_EXCHANGED, _REST = 0.28, 0.35
+"""Mean change of a color in such regions from which the edit puts something else there, and the largest share of it
+that the rest of the picture changes by then; measured on pocket."""
 _SOFTNESS = 0.04
 _RADIUS = 4  # pixels
 _SMOOTHING = 2e-3  # variance of a color below which a window counts as flat
@@ -24,7 +27,8 @@ _EDGES = 3e-3  # the same for the mask
 def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tensor:
     """Returns edits with the photo's own pixels, in the edit's light, where the base can't draw them.
 
-    Elsewhere an edit gets the photo's fine detail wherever it keeps the photo's structure.
+    An edit that puts something else there keeps that. Elsewhere an edit gets the photo's fine detail wherever it
+    keeps the photo's structure.
 
     Args:
         photo: The photo.
@@ -37,7 +41,9 @@ def restore(photo: Tensor, redraw: Tensor, edit: Tensor, doubt: Tensor) -> Tenso
     """
     doubted = doubted_pixels(photo, doubt)
     relit = transfer_colors(photo, redraw, edit, doubted)
-    return torch.lerp(add_detail(photo, redraw, edit), relit, doubted).clamp(0, 1)
+    other = doubted * are_exchanged(redraw, edit, doubted)
+    detailed = torch.lerp(add_detail(photo, redraw, edit), edit, other)
+    return torch.lerp(detailed, relit, doubted - other).clamp(0, 1)
 
 
 def doubted_pixels(photo: Tensor, doubt: Tensor) -> Tensor:
@@ -55,6 +61,28 @@ def doubted_pixels(photo: Tensor, doubt: Tensor) -> Tensor:
     rough = torch.sigmoid((smooth - DOUBTED) / _SOFTNESS) * torch.sigmoid((highest - UNKNOWN) / _SOFTNESS)
     matrix, offset = local_map(photo, rough, _RADIUS, _EDGES)
     return (2 * (apply_map(matrix, offset, photo)).clamp(0, 1) - 0.5).clamp(0, 1)
+
+
+def are_exchanged(redraw: Tensor, edit: Tensor, doubted: Tensor) -> Tensor:
+    """Returns which edits put something else where the base can't draw the photo: they change it, and little else.
+
+    If that is half of the picture or more, there is too little else to compare with, and none counts.
+
+    Args:
+        redraw: As for `restore`.
+        edit: Edits, (b, 3, h, w).
+        doubted: The regions, as `doubted_pixels` returns them.
+
+    Returns:
+        (b, 1, 1, 1) bool.
+    """
+    change = largest(edit - redraw)
+    inside, rest = (
+        (share * change).sum((2, 3), keepdim=True) / share.sum().clamp(min=1e-6)
+        for share in (doubted, 1 - doubted)
+    )
+    exchanged: Tensor = (inside > _EXCHANGED) & (rest < _REST * inside) & (doubted.mean() < 0.5)
+    return exchanged
 
 
 def add_detail(photo: Tensor, redraw: Tensor, edit: Tensor) -> Tensor:

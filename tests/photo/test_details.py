@@ -61,6 +61,18 @@ def test_each_of_a_batch_is_restored_on_its_own(size: tuple[int, int]) -> None:
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
+def test_what_an_edit_puts_in_place_of_a_doubted_thing_is_kept_and_other_edits_restore_it() -> None:
+    """Another thing in its place changes it alone; another light changes the rest as much."""
+    redraw = patchwork(48, 48)
+    photo, other, doubt = with_detail(redraw), redraw.clone(), doubt_of(48, 48, 0.0)
+    doubt[..., 3:9, 3:9] = 0.8
+    other[..., 12:36, 12:36] = 1 - redraw[..., 12:36, 12:36].flip(3)
+    exchanged, dark = restore(photo, redraw, torch.cat([other, 0.3 * other]), doubt).split(1)
+    inside = (..., slice(15, 33), slice(15, 33))
+    assert away(exchanged[inside], other[inside]) < 0.02 < away(photo[inside], other[inside])
+    assert away(dark[inside], 0.3 * photo[inside]) < 0.5 * away(0.3 * other[inside], 0.3 * photo[inside])
+
+
 # The photo in the edit's light
 
 
