@@ -104,7 +104,7 @@ def draw_shot(seed: int, photos: Sequence[Path]) -> Shot:
         mirrored=rng.random() < 0.5 if x == 0.5 else x < 0.5,
         companion=rng.choice(others) if name and rng.random() < 0.12 else "",
         photo=rng.choice(photos),
-        span=1.0 if rng.random() < 0.3 else 6.0 ** -rng.random(),
+        span=1.0 if rng.random() < 0.3 else 4.0 ** -rng.random(),
         across=rng.random(),
         down=rng.random(),
         flipped=rng.random() < 0.5,
