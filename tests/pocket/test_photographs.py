@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,19 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(collect.main, [str(tmp_path), str(tmp_path / "folder")])
     assert result.exit_code == 1
     assert "_*.deb" in result.stderr and not (tmp_path / "folder").exists()
+
+
+def test_photographs_are_copied_out_of_packages(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "some_photos-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.write(folder / "train" / "0.png", "photos/first.png")
+        wheel.write(folder / "train" / "1.png", "photos/second.png")
+    rows = [
+        collect.Listed("one", "A", "CC0-1.0", "trained", "some-photos", "photos/first.png"),
+        collect.Listed("two", "B", "CC0-1.0", "held out", "some-photos", "photos/second.png"),
+    ]
+    collect.collect(rows, tmp_path, tmp_path / "folder")
+    for copied, source in {"train/one.png": "0.png", "held-out/two.png": "1.png"}.items():
+        assert (tmp_path / "folder" / copied).read_bytes() == (folder / "train" / source).read_bytes()
 
 
 def test_training_on_both_worlds_starts_from_the_shipped_weights_and_resumes(

