@@ -58,9 +58,7 @@ from .provenance import commit, copy_logs, write_provenance
 from .stage import Average, Stage
 
 READ = {"torch_dtype": torch.float32, "use_safetensors": True}
-HELD_OUT = (
-    256  # scenes, and photographs, for the losses in the log; as many as are trained on, if those are fewer
-)
+HELD_OUT = 256  # scenes for the losses in the log, and photographs; fewer if fewer are trained on
 LOG_EVERY = 50_000  # pictures between two rows of the UNet's log; each second has the examiner's scores
 WORKERS = 8  # processes that write captions for a GPU
 
