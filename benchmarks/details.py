@@ -38,7 +38,7 @@ from lora_unitune.photo.details import add_detail
 from lora_unitune.photo.framing import choose_size, frame, seen_part
 from lora_unitune.photo.reading import load_photo, photo_to_tensor
 from lora_unitune.pocket.world import COMPANIONS, SIDE, Change, Scene, counterfactual, render
-from lora_unitune.pocket.world.drawing import LIGHT, LOOKS, SEPIA
+from lora_unitune.pocket.world.drawing import LOOKS, Values, night, sepia, sunset
 from lora_unitune.pocket.world.sprites import OBJECTS
 from lora_unitune.settings import PhotoSettings
 
@@ -53,29 +53,9 @@ FIELDS = {"object": OBJECTS, "companion": COMPANIONS}
 SMALLEST = 1024  # pixels of a photo's shorter side
 EDGE = 0.05  # gradient of an edge
 FEWEST = 200  # pixels that a gradient is measured on
-Values = NDArray[np.float64]
 Row = dict[str, Any]
 Case = tuple[str, str, tuple[str, ...], NDArray[np.uint8], NDArray[np.uint8]]
 """Name of a photo, the edit, the kinds that are right, the photo and its truth."""
-
-
-def night(values: Values) -> Values:
-    return np.clip(values * LIGHT["night"], 0, 1) ** 1.15
-
-
-def sunset(values: Values) -> Values:
-    """Warm light with a glow at half the height."""
-    glow = 1 - np.abs(np.linspace(-1, 1, len(values)))[:, None, None]
-    return np.clip(values * LIGHT["sunset"] + glow * (0.12, 0.05, -0.02), 0, 1)
-
-
-def sepia(values: Values) -> Values:
-    """Toned, with dark corners."""
-    down, along = (np.linspace(-1, 1, side) for side in values.shape[:2])
-    corners = 1 - 0.42 * np.clip(down[:, None] ** 2 + along[None] ** 2 - 0.25, 0, 1.5)
-    return np.clip(values @ SEPIA.T * 0.92 + 0.03, 0, 1) * corners[..., None]
-
-
 LIGHTS = {"night": night, "sunset": sunset, "sepia": sepia}
 
 

@@ -1,7 +1,7 @@
 """Prompt adherence of a pocket base, as classified by the examiner.
 
     python -m lora_unitune.pocket.pretraining.evaluate [--prompts 512] [--json]
-    python -m lora_unitune.pocket.pretraining.evaluate vae
+    python -m lora_unitune.pocket.pretraining.evaluate vae [--photos FOLDER]
     python -m lora_unitune.pocket.pretraining.evaluate diversity
     python -m lora_unitune.pocket.pretraining.evaluate gallery gallery.png
 
@@ -33,6 +33,7 @@ from lora_unitune.training.rare_tokens import find_rare_tokens
 
 from .. import world
 from ..world import examiner
+from ..world.photographs import Shot, photographs_in
 from ..world.pictures import renders
 from .dataset import PHOTOS, round_trip_psnr
 
@@ -170,8 +171,13 @@ def main(
 
 
 @main.command()
+@click.option(
+    "--photos",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder made by `collect`, for the round trip of its held-out photographs.",
+)
 @click.pass_obj
-def vae(obj: Any) -> None:
+def vae(obj: Any, photos: Path | None) -> None:
     """Round trip of 500 held-out scenes, and of scikit-image's colour photos."""
     from skimage import data
 
@@ -189,6 +195,12 @@ def vae(obj: Any) -> None:
             f"{name} {values[-1]:.2f} dB{' (its crops are in the training)' if name in PHOTOS else ''}"
         )
     click.echo(f"photos {np.mean(values):.2f} dB")
+    if photos:
+        files = photographs_in(photos / "held-out")
+        wholes = renders([Shot("", photo=file) for file in files])
+        for file, picture in zip(files, wholes, strict=True):
+            click.echo(f"{file.stem} {round_trip_psnr(network, picture[None], 'cpu'):.2f} dB")
+        click.echo(f"held-out photographs {round_trip_psnr(network, wholes, 'cpu'):.2f} dB")
 
 
 def _dogs(split: str, count: int) -> list[world.Scene]:

@@ -16,6 +16,7 @@ from .. import world
 from ..world.drawing import SUNS
 
 POSES = tuple(itertools.product(world.SIDE_WORDS, ("small", "", "big"), (False, True)))
+IGNORED = -100
 CAPTION_FIELDS = ("object", "place", "time", "look", "colour", "side", "scale", "companion")
 
 
@@ -81,10 +82,28 @@ class Observer(nn.Module):
 
 
 def poses_and_suns(drawn: list[world.Scene]) -> Tensor:
-    """(n, 2) int64: indices in `POSES` and `SUNS`; -100 (ignored) for a sun hidden by a room."""
+    """(n, 2) int64: indices in `POSES` and `SUNS`; `IGNORED` without an object, and for a sun that isn't drawn."""
     return torch.tensor(
         [
-            (POSES.index((s.side, s.scale, s.mirrored)), -100 if s.place == "room" else world.sun(s))
+            (
+                POSES.index((s.side, s.scale, s.mirrored)) if s.object else IGNORED,
+                IGNORED if s.place in ("room", "") else world.sun(s),
+            )
             for s in drawn
         ]
     )
+
+
+def pose_and_sun_loss(names: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Classification loss of `Observer`'s output, and whether each pose is recognized.
+
+    Args:
+        names: Logits of poses and suns, (n, poses + suns) float32.
+        labels: What `poses_and_suns` returns for them, (n, 2).
+    """
+    parts = names.split((len(POSES), len(SUNS)), dim=1)
+    losses = [
+        F.cross_entropy(part, true, ignore_index=IGNORED, reduction="sum") / (true != IGNORED).sum().clamp(1)
+        for part, true in zip(parts, labels.T, strict=True)
+    ]
+    return losses[0] + losses[1], parts[0].argmax(1) == labels[:, 0]

@@ -5,7 +5,10 @@
 
 Every stage saves checkpoints in the work folder, and resumes from them when it is run again. Its learning rate
 follows the share of its minutes that is used up. `export` may run at any time. The defaults train a base from
-scratch; the shipped weights were trained further from it, see their PROVENANCE.md.
+scratch, on drawn scenes; the shipped weights were trained further from it, see their PROVENANCE.md. On photographs
+too, in a folder made by `collect`:
+
+    python -m lora_unitune.pocket.pretraining.pretrain all WORK_FOLDER --photos FOLDER --start WEIGHTS_FOLDER
 """
 
 from __future__ import annotations
@@ -13,23 +16,20 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 from transformers import CLIPTextModel
 
 from ...families.schedule import NoiseSchedule
 from .. import world
-from ..world.drawing import SUNS
 from ..world.pictures import to_pixels
 from . import evaluate
 from .assembly import (
@@ -39,17 +39,26 @@ from .assembly import (
     build_tokenizer,
     build_unet,
     build_vae,
-    rare_words,
     save_pipeline,
 )
-from .dataset import crops, photos_of_skimage, round_trip_psnr, scenes
-from .lessons import POSES, Observer, poses_and_suns, teach_words, tokens
+from .dataset import (
+    CaptionBatches,
+    Photographs,
+    crops,
+    latents,
+    load_vae,
+    photos_of_skimage,
+    round_trips,
+    scale_of,
+    scenes,
+)
+from .lessons import Observer, pose_and_sun_loss, poses_and_suns, teach_words, tokens
 from .muon import Muon
 from .provenance import commit, copy_logs, write_provenance
 from .stage import Average, Stage
 
 READ = {"torch_dtype": torch.float32, "use_safetensors": True}
-HELD_OUT = 256  # scenes for the losses in the log
+HELD_OUT = 256  # scenes for the losses in the log, and photographs; fewer if fewer are trained on
 LOG_EVERY = 50_000  # pictures between two rows of the UNet's log; each second has the examiner's scores
 WORKERS = 8  # processes that write captions for a GPU
 
@@ -60,11 +69,17 @@ def _half(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=fast)
 
 
-def train_vae(work: Path, count: int, minutes: float, device: str, start: Path | None) -> None:
+def train_vae(
+    work: Path, count: int, minutes: float, device: str, start: Path | None, photos: Photographs | None
+) -> None:
     """The autoencoder: absolute and squared error, and a small KL penalty of the latents to a unit Gaussian."""
     torch.manual_seed(0)
-    train, held_out = scenes(work, "train", count), scenes(work, "held-out", HELD_OUT)
-    photos, rng = photos_of_skimage(), random.Random(0)
+    train, tested = scenes(work, "train", count), min(HELD_OUT, count)
+    held_out = {"psnr": scenes(work, "held-out", tested)}
+    others, share, rng = photos_of_skimage(), 0.25, random.Random(0)
+    if photos:
+        others, share = list(photos.pictures(work, "train", photos.count(count))), photos.share
+        held_out["photo_psnr"] = photos.unedited(tested)
     vae = build_vae().to(device, memory_format=torch.channels_last)
     stage = Stage(work, "vae", minutes, 1e-3 if start else 2e-3, 0.6)
     if start and not stage.file.exists():
@@ -76,7 +91,7 @@ def train_vae(work: Path, count: int, minutes: float, device: str, start: Path |
     stage.resume(things)
     losses: list[float] = []
     while stage.tick([optimizer], 16):
-        true = to_pixels(crops(train, photos, 16, rng), device)
+        true = to_pixels(crops(train, others, share, 16, rng), device)
         with _half(device):
             posterior = vae.encode(true).latent_dist
             again = vae.decode(posterior.sample()).sample
@@ -92,61 +107,11 @@ def train_vae(work: Path, count: int, minutes: float, device: str, start: Path |
         average.update()
         losses.append(loss.item())
         if stage.step % 1000 == 0:
-            stage.log(
-                loss=float(np.mean(losses)), psnr=round_trip_psnr(average.kept["vae"], held_out, device)
-            )
+            stage.log(loss=float(np.mean(losses)), **round_trips(average.kept["vae"], held_out, device))
             losses.clear()
         stage.save(things, every=60)
-    stage.log(psnr=round_trip_psnr(average.kept["vae"], held_out, device))
+    stage.log(**round_trips(average.kept["vae"], held_out, device))
     stage.save(things)
-
-
-def load_vae(work: Path) -> Any:
-    vae = build_vae().eval().requires_grad_(False)
-    vae.load_state_dict(
-        torch.load(work / "vae.pt", map_location="cpu", weights_only=True)["average"]["kept"]["vae"]
-    )
-    return vae
-
-
-@torch.no_grad()
-def encode_scenes(work: Path, split: str, count: int, device: str) -> tuple[Tensor, Tensor, float]:
-    """Posterior means and deviations (count, 4, 16, 16) float16, and the scaling factor; cached on disk."""
-    file = work / f"latents-{split}-{count}.pt"
-    if not file.exists():
-        vae, pictures = load_vae(work).to(device), scenes(work, split, count)
-        pairs = []
-        for start in range(0, count, 64):
-            posterior = vae.encode(to_pixels(pictures[start : start + 64], device)).latent_dist
-            pairs.append(torch.stack([posterior.mean, posterior.std]).half().cpu())
-        mean, std = torch.cat(pairs, dim=1)
-        torch.save({"mean": mean.clone(), "std": std.clone(), "scale": 1.0 / mean.float().std().item()}, file)
-    state = torch.load(file, weights_only=True)
-    return state["mean"], state["std"], state["scale"]
-
-
-class CaptionBatches(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless epochs of scene numbers (batch,) and tokens (batch, length) of fresh captions for them.
-
-    Some captions have meaningless rare words prepended. Each worker process shuffles on its own.
-    """
-
-    def __init__(self, drawn: list[world.Scene], tokenizer: Any, batch: int, seed: int) -> None:
-        self.drawn, self.tokenizer, self.batch, self.seed = drawn, tokenizer, batch, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        worker = get_worker_info()
-        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
-        rare, order = rare_words(), list(range(len(self.drawn)))
-        while True:
-            rng.shuffle(order)
-            for start in range(0, len(order) - self.batch + 1, self.batch):
-                chosen = order[start : start + self.batch]
-                texts = [world.caption(self.drawn[i], rng) for i in chosen]
-                for i in range(self.batch):
-                    if rng.random() < 0.12:
-                        texts[i] = " ".join([*rng.sample(rare, rng.randint(1, 3)), texts[i]]).strip()
-                yield torch.tensor(chosen), tokens(self.tokenizer, texts)
 
 
 def weights_of_timesteps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -172,6 +137,8 @@ def object_weights(drawn: list[world.Scene], side: int) -> Tensor:
     """
     weights = torch.ones(len(drawn), 1, side, side)
     for weight, scene in zip(weights, drawn, strict=True):
+        if not scene.object:
+            continue
         bottom = 0.8 if scene.object == "balloon" else 0.93
         left, right = side * (scene.x - scene.size / 2), side * (scene.x + scene.size / 2)
         top = side * max(0.0, bottom - 0.08 - scene.size)
@@ -202,23 +169,18 @@ def earlier_unet(folder: Path, wanted: int) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def held_out_errors(work: Path, average: Average, tokenizer: Any, device: str) -> dict[str, float]:
+def held_out_errors(
+    drawn: list[world.Scene], clean: Tensor, average: Average, tokenizer: Any, device: str
+) -> dict[str, float]:
     """Mean squared error of the predicted clean latents with the right caption, none, and a wrong one."""
-    mean, _, scale = encode_scenes(work, "held-out", HELD_OUT, device)
-    clean, alphas = (mean.float() * scale).to(device), build_scheduler().alphas_cumprod.to(device)
-    generator = torch.Generator().manual_seed(0)
-    noise, steps = (
-        torch.randn(clean.shape, generator=generator).to(device),
-        torch.arange(HELD_OUT) * 1000 // HELD_OUT,
-    )
-    steps = steps.to(device)
+    alphas, count = build_scheduler().alphas_cumprod.to(device), len(drawn)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    steps = (torch.arange(count) * 1000 // count).to(device)
     schedule = NoiseSchedule.diffusion(alphas, "v_prediction")
     noisy, a = schedule.add_noise(clean, noise, steps), alphas[steps].view(-1, 1, 1, 1)
-    texts = [
-        world.caption(world.draw_scene(i, "held-out"), random.Random(i + 10**6)) for i in range(HELD_OUT)
-    ]
+    texts = [world.caption(scene, random.Random(i + 10**6)) for i, scene in enumerate(drawn)]
     errors = {}
-    for name, captions in {"right": texts, "none": [""] * HELD_OUT, "wrong": texts[7:] + texts[:7]}.items():
+    for name, captions in {"right": texts, "none": [""] * count, "wrong": texts[7:] + texts[:7]}.items():
         embedded = average.kept["text_encoder"](tokens(tokenizer, captions).to(device)).last_hidden_state
         v = average.kept["unet"](noisy, steps, embedded).sample
         errors[name] = (a.sqrt() * noisy - (1 - a).sqrt() * v - clean).square().mean().item()
@@ -233,18 +195,23 @@ def train_unet(
     batch: int,
     peak: float,
     start: Path | None,
+    photos: Photographs | None,
 ) -> None:
     """UNet and text encoder together (from a start, the UNet alone), on latents from the VAE's posteriors."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    mean, std, scale = encode_scenes(work, "train", count, device)
-    encode_scenes(work, "held-out", HELD_OUT, device)
+    drawn, mean, std = latents(work, "train", count, device)
+    scale, tested = scale_of(mean), min(HELD_OUT, count)
+    held_out = {"": latents(work, "held-out", tested, device)}
+    if photos:
+        shots = latents(work, "train", photos.count(count), device, photos)
+        drawn, mean, std = drawn + shots[0], torch.cat([mean, shots[1]]), torch.cat([std, shots[2]])
+        held_out["photo_"] = latents(work, "held-out", tested, device, photos)
     encoder = build_text_encoder(tokenizer).to(device).train()
     unet = build_unet().to(device, memory_format=torch.channels_last).train()
     if device == "cpu":  # where the fused attention's backward pass takes a quarter of a step
         unet.set_attn_processor(AttnProcessor())
     stage = Stage(work, "unet", minutes, peak, 0.5)
-    drawn = [world.draw_scene(seed) for seed in range(count)]
     if start and not stage.file.exists():
         unet.load_state_dict(earlier_unet(start, unet.config["layers_per_block"]).state_dict())
         encoder.load_state_dict(CLIPTextModel.from_pretrained(start / "text_encoder").state_dict())
@@ -270,6 +237,15 @@ def train_unet(
     generator = torch.Generator().manual_seed(stage.step)
     noises = torch.Generator(device).manual_seed(10**6 + stage.step)
     losses, seen = list[float](), list[float]()
+
+    def errors() -> dict[str, float]:
+        out = dict[str, float]()
+        for prefix, (asked, clean, _) in held_out.items():
+            scaled = (clean.float() * scale).to(device)
+            found = held_out_errors(asked, scaled, average, tokenizer, device)
+            out |= {prefix + name: error for name, error in found.items()}
+        return out
+
     ready = CaptionBatches(drawn, tokenizer, batch, stage.step)
     batches = iter(DataLoader(ready, batch_size=None, num_workers=0 if device == "cpu" else WORKERS))
     while stage.tick([muon, adam], batch):
@@ -284,9 +260,7 @@ def train_unet(
         target = schedule.target(clean, noise[1], steps)
         error = (v.float() - target).square() * where_seen(around[chosen], steps)
         loss = (error.mean((1, 2, 3)) * weights_of_timesteps(steps, alphas)).mean()
-        pose, sun = names.float().split((len(POSES), len(SUNS)), dim=1)
-        true = labels[chosen]
-        auxiliary = F.cross_entropy(pose, true[:, 0]) + F.cross_entropy(sun, true[:, 1])
+        auxiliary, recognized = pose_and_sun_loss(names.float(), labels[chosen])
         muon.zero_grad()
         adam.zero_grad()
         (loss + 0.3 * auxiliary).backward()
@@ -295,17 +269,17 @@ def train_unet(
         adam.step()
         average.update()
         losses.append(loss.item())
-        seen += (pose.argmax(1) == true[:, 0])[(steps >= 500) & (steps < 800)].tolist()
+        seen += recognized[(steps >= 500) & (steps < 800) & (labels[chosen, 0] >= 0)].tolist()
         rows = stage.pictures // LOG_EVERY
         if rows > (stage.pictures - batch) // LOG_EVERY:
-            row = {"pose": float(np.mean(seen))} | held_out_errors(work, average, tokenizer, device)
+            row = {"pose": float(np.mean(seen))} | errors()
             if rows % 2 == 0:
                 row |= evaluate.shares_right(pipeline_of(work, scale, average.kept, tokenizer), device)
             stage.log(loss=float(np.mean(losses)), **row)
             losses.clear()
             seen.clear()
         stage.save(things, every=120)
-    stage.log(**held_out_errors(work, average, tokenizer, device))
+    stage.log(**errors())
     stage.save(things)
 
 
@@ -324,7 +298,7 @@ def export(work: Path, folder: Path, count: int) -> None:
     state = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["average"]["kept"]
     for name, part in kept.items():
         part.load_state_dict(state[name])
-    _, _, scale = encode_scenes(work, "train", count, "cpu")
+    scale = scale_of(latents(work, "train", count, "cpu")[1])
     save_pipeline(pipeline_of(work, scale, kept, tokenizer), folder)
     copy_logs(work, folder)
     write_provenance(folder, count, made_at)
@@ -344,6 +318,19 @@ def main() -> None:
 @click.option("--peak", default=1e-3, show_default=True, help="Peak learning rate of the UNet.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
+    "--photos",
+    "folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of photographs, made by `collect`, to train on as well.",
+)
+@click.option(
+    "--share",
+    default=0.45,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of the pictures that are of --photos.",
+)
+@click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
     help="Folder of earlier weights to train further: the VAE (unless its minutes are 0) and the UNet.",
@@ -356,15 +343,18 @@ def run_all(
     batch: int,
     peak: float,
     device: str,
+    folder: Path | None,
+    share: float,
     start: Path | None,
 ) -> None:
     """Renders the scenes and runs every stage, resuming from checkpoints."""
     work.mkdir(parents=True, exist_ok=True)
     scenes(work, "train", count)
+    photos = Photographs(folder, share) if folder else None
     if start and not (work / "vae.jsonl").exists():
         copy_logs(start, work)
-    train_vae(work, count, vae_minutes, device, start)
-    train_unet(work, count, unet_minutes, device, batch, peak, start)
+    train_vae(work, count, vae_minutes, device, start, photos)
+    train_unet(work, count, unet_minutes, device, batch, peak, start, photos)
 
 
 @main.command("export")

@@ -14,6 +14,8 @@ import diffusers
 import torch
 import transformers
 
+from .collect import listed
+
 LOGS = ("vae.jsonl", "unet.jsonl")
 FINDINGS = "## Findings\n"
 LICENSES = """## Licenses
@@ -22,6 +24,14 @@ LICENSES = """## Licenses
 - The objects of the scenes: Noto Color Emoji, SIL Open Font License 1.1 (`sprites.LICENSE.txt`).
 - Photos in the VAE's training, from scikit-image's wheel: astronaut and rocket (public domain), coffee (CC0).
   The photo of the demo, Chelsea (CC0), is not among them.
+"""
+PHOTOGRAPHS = """## Photographs
+
+Trained on crops of these, in changed light and looks and with objects of the scenes added, and tested on those held
+out. None of them is part of this project. `pocket/pretraining/collect.py` collects them from the named packages.
+
+| name | author | license | use | package |
+| --- | --- | --- | --- | --- |
 """
 
 
@@ -49,6 +59,14 @@ def _stage_lines(folder: Path, name: str) -> list[str]:
     chosen = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})
     table = [[str(rows[i].get(key, "")) for key in keys] for i in chosen]
     return ["| " + " | ".join(cells) + " |" for cells in [keys, ["---"] * len(keys), *table]]
+
+
+def _photograph_lines(folder: Path) -> list[str]:
+    """The table of photographs, if the logs say that there were any."""
+    if "photo_right" not in (folder / "unet.jsonl").read_text():
+        return []
+    rows = [f"| {' | '.join(photograph[:5])} |" for photograph in listed()]
+    return [PHOTOGRAPHS + "\n".join(rows), ""]
 
 
 def plot_curves(folder: Path) -> None:
@@ -99,10 +117,10 @@ def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
         "    python -m lora_unitune.pocket.pretraining.pretrain all WORK",
         "    python -m lora_unitune.pocket.pretraining.pretrain export WORK lora_unitune/pocket/weights",
         "",
-        "and to train them further (the text encoder then stays as it is):",
+        "and to train them further, with --photos on photographs too (the text encoder then stays as it is):",
         "",
         "    python -m lora_unitune.pocket.pretraining.pretrain all WORK --start FOLDER \\",
-        "        --vae-minutes V --unet-minutes U",
+        "        --vae-minutes V --unet-minutes U [--photos PHOTOGRAPHS]",
         "",
         f"- exported at commit {made_at}",
         f"- {versions}; {platform.machine()}, {os.cpu_count()} cores, "
@@ -111,20 +129,22 @@ def write_provenance(folder: Path, scenes: int, made_at: str) -> None:
         "",
         "## VAE",
         "",
-        "From `vae.jsonl`, with the mean PSNR in dB of the round trip of held-out scenes:",
+        "From `vae.jsonl`, with the mean PSNR in dB of the round trip of held-out scenes (psnr), and photographs",
+        "(photo_psnr):",
         "",
         *_stage_lines(folder, "vae"),
         "",
         "## Text encoder and UNet",
         "",
-        "From `unet.jsonl`, with the error of the predicted clean latent on held-out scenes, given the right",
-        "caption, none, or a wrong one:",
+        "From `unet.jsonl`, with the error of the predicted clean latent on held-out scenes, and photographs",
+        "(photo_), given the right caption, none, or a wrong one:",
         "",
         *_stage_lines(folder, "unet"),
         "",
         "![Training curves](training.png)",
         "",
         LICENSES,
+        *_photograph_lines(folder),
         FINDINGS.rstrip("\n"),
     ]
     file.write_text("\n".join(lines) + "\n" + (findings or "\nNone yet.\n"))

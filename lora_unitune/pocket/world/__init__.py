@@ -2,6 +2,7 @@
 
 A scene is one object in one place, at a time of day, in a look; everything else about it (position, size,
 facing, background details) is in the scene too, so that the same scene can be rendered with one attribute changed.
+In `photographs`, the place is a photograph instead of a drawing.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ LOOK_WORDS = {
     "pixel": (("pixel art of", ""), ("", "pixel art"), ("a pixel art picture of", "")),
     "sepia": (("a sepia photo of", ""), ("an old sepia photograph of", ""), ("", "sepia photo")),
 }
+PHOTO_WORDS = (("a photo of", ""), ("a photograph of", ""), ("", "photo"))
+"""The plain look of a scene in a photograph. No caption of a drawn scene has these words without "sepia"."""
 SIDE_WORDS = {"left": "on the left", "right": "on the right", "middle": "in the middle"}
 SIZE_WORDS = {"small": ("small", "little"), "big": ("big", "large")}
 
@@ -68,8 +71,9 @@ class Scene:
     """Everything that decides a picture of the pocket world.
 
     Attributes:
-        object: One of `OBJECTS`, or of `UNKNOWN`, whose objects are never drawn at random.
-        place: One of `PLACES`.
+        object: One of `OBJECTS`, or of `UNKNOWN`, whose objects are never drawn at random; "" (in a photograph
+            only) if nothing was added to it.
+        place: One of `PLACES`; "" for a photograph.
         time: One of `TIMES`.
         look: One of `LOOKS`.
         colour: One of `COLOURS` for an object of `COLOURED`, else "".
@@ -92,19 +96,25 @@ class Scene:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        colours = tuple(COLOURS) if self.object in COLOURED else ("",)
-        for field, allowed in (
-            ("object", (*OBJECTS, *(name for names in UNKNOWN.values() for name in names))),
-            ("place", tuple(PLACES)),
-            ("time", TIMES),
-            ("look", tuple(LOOKS)),
-            ("colour", colours),
-            ("companion", ("", *COMPANIONS)),
-        ):
+        for field, allowed in self._allowed().items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"scene {field} is {getattr(self, field)!r}; allowed: {', '.join(map(repr, allowed))}"
                 )
+
+    def _allowed(self) -> dict[str, tuple[str, ...]]:
+        return {
+            "object": (*OBJECTS, *(name for names in UNKNOWN.values() for name in names)),
+            "place": tuple(PLACES),
+            "time": TIMES,
+            "look": tuple(LOOKS),
+            "colour": tuple(COLOURS) if self.object in COLOURED else ("",),
+            "companion": ("", *COMPANIONS),
+        }
+
+    def backdrop(self, side: int) -> Image.Image:
+        """The place at its time of day, without the object, RGB, `side` × `side` pixels."""
+        return backdrop(side, self.place, self.time, random.Random(self.seed))
 
     @property
     def side(self) -> str:
@@ -186,17 +196,18 @@ def draw_scene(seed: int, split: str = "train") -> Scene:
 
 def render(scene: Scene, side: int = SIDE) -> Image.Image:
     """Renders a scene, RGB, `side` × `side` pixels: at twice the size, then downsampled by the look."""
-    image = backdrop(side * 2, scene.place, scene.time, random.Random(scene.seed))
+    image = scene.backdrop(side * 2)
     if scene.companion:
         small = sprite(scene.companion, "red" if scene.companion in COLOURED else "")
         other = 0.15 if scene.x > 0.5 else 0.85
         stand(image, small, scene.time, other, _ground(scene) + 0.03, 0.22)
-    _stand_object(image, scene)
+    if scene.object:
+        _stand_object(image, scene)
     return LOOKS[scene.look](image, side)
 
 
 def object_mask(scene: Scene) -> np.ndarray:
-    """Returns the pixels of a scene's object, (64, 64) bool."""
+    """Returns the pixels of a scene's object, which it must have, (64, 64) bool."""
     black = Image.new("RGB", (SIDE * 2, SIDE * 2))
     white = sprite(scene.object, scene.colour).copy()
     white.paste((255, 255, 255), (0, 0), white.getchannel("A"))
@@ -235,30 +246,45 @@ def _phrase(scene: Scene, words: str, *, colour: bool, scale: bool) -> str:
     return _with_article(" ".join([*parts, *([scene.colour] if colour and scene.colour else []), words]))
 
 
+def _said_object(scene: Scene, rng: random.Random) -> list[str]:
+    """What a caption says of the objects; it mostly names them."""
+    if not scene.object or rng.random() >= 0.92:
+        return []
+    words = rng.choice(OBJECT_WORDS[scene.object])
+    parts = [_phrase(scene, words, colour=rng.random() < 0.85, scale=rng.random() < 0.1)]
+    if scene.companion and rng.random() < 0.85:
+        parts.append("and " + _with_article(scene.companion))
+    return [*parts, SIDE_WORDS[scene.side]] if rng.random() < 0.5 else parts
+
+
+def _said_look(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Words before and after what a picture shows."""
+    plain = scene.look == "plain"
+    if rng.random() >= (0.95 if not plain else 0.15 if scene.place else 0.6):
+        return "", ""
+    return rng.choice(LOOK_WORDS[scene.look] if scene.place or not plain else PHOTO_WORDS)
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Describes a scene with varied wording, attributes left out at random; "" one time in ten."""
+    """Describes a scene with varied wording, attributes left out at random; "" one time in ten.
+
+    Without an object it may be as short as "at night" or "a pencil sketch". A photograph's own place and light have
+    no words.
+    """
     if rng.random() < 0.1:
         return ""
-    parts = []
-    if rng.random() < 0.94:
-        words = rng.choice(OBJECT_WORDS[scene.object])
-        parts.append(_phrase(scene, words, colour=rng.random() < 0.85, scale=rng.random() < 0.1))
-        if scene.companion and rng.random() < 0.85:
-            parts.append("and " + _with_article(scene.companion))
-        if rng.random() < 0.5:
-            parts.append(SIDE_WORDS[scene.side])
-    else:
-        parts.append("a scene")
-    place = [rng.choice(PLACE_WORDS[scene.place])] if rng.random() < 0.88 else []
-    time = [rng.choice(TIME_WORDS[scene.time])] if rng.random() < 0.85 else []
+    parts, (before, after) = _said_object(scene, rng), _said_look(scene, rng)
+    if not parts:
+        before = before.removesuffix(" of")
+        parts = [] if before or rng.random() < 0.5 else ["a scene"]
+    place = [rng.choice(PLACE_WORDS[scene.place])] if scene.place and rng.random() < 0.8 else []
+    known = scene.place or scene.time != "day"
+    time = [rng.choice(TIME_WORDS[scene.time])] if known and rng.random() < 0.85 else []
     parts += place + time if rng.random() < 0.75 else time + place
-    before = after = ""
-    if rng.random() < (0.15 if scene.look == "plain" else 0.95):
-        before, after = rng.choice(LOOK_WORDS[scene.look])
-    text = " ".join(([before] if before else []) + parts)
+    text = " ".join(word for word in (before, *parts) if word)
     if rng.random() < 0.1:
         text = re.sub(r"\ban?\b", "the", text)
-    return f"{text}, {after}" if after else text
+    return ", ".join(part for part in (text, after) if part)
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
@@ -281,7 +307,8 @@ def change_scene(scene: Scene, change: Change) -> Scene:
 def counterfactual(scene: Scene, change: Change) -> Counterfactual:
     """The scene after an edit, the prompt that asks for it, and the pixels that differ.
 
-    The base has no words for unknown objects, so prompts for their scenes leave them out.
+    The base has no words for unknown objects, so prompts for their scenes leave them out, as they do where an object
+    was removed from a photograph.
     """
     changed = change_scene(scene, change)
     before, after = (np.asarray(render(s), dtype=np.int16) for s in (scene, changed))
@@ -308,6 +335,8 @@ def _edit_prompt(scene: Scene, change: Change) -> str:
 def _edit_prompt_without_object(scene: Scene, change: Change) -> str:
     if change.field == "companion":
         return f"and {_with_article(scene.companion)}"
+    if change.field == "object":  # removed
+        return PHOTO_WORDS[0][0].removesuffix(" of")
     if change.field == "look":
         return LOOK_WORDS[scene.look][0][0].removesuffix(" of")
     return (PLACE_WORDS if change.field == "place" else TIME_WORDS)[getattr(scene, change.field)][0]

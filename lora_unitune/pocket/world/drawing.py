@@ -7,9 +7,12 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 Rgb = tuple[int, int, int]
+Values = NDArray[np.float64]
+"""A picture, (h, w, 3), in [0, 1]."""
 
 SKY: dict[str, tuple[Rgb, Rgb]] = {  # top, horizon
     "day": ((84, 160, 235), (196, 228, 248)),
@@ -183,6 +186,27 @@ def stand(image: Image.Image, sprite: Image.Image, time: str, x: float, bottom: 
     image.paste(Image.merge("RGB", bands), corner, small.getchannel("A"))
 
 
+def night(values: Values) -> Values:
+    """A picture taken by day, as if at night."""
+    dark: Values = np.clip(values * LIGHT["night"], 0, 1) ** 1.15
+    return dark
+
+
+def sunset(values: Values) -> Values:
+    """Warm light with a glow at half the height."""
+    glow = 1 - np.abs(np.linspace(-1, 1, len(values)))[:, None, None]
+    warm: Values = np.clip(values * LIGHT["sunset"] + glow * (0.12, 0.05, -0.02), 0, 1)
+    return warm
+
+
+def sepia(values: Values) -> Values:
+    """Toned, with dark corners."""
+    down, along = (np.linspace(-1, 1, side) for side in values.shape[:2])
+    corners = 1 - 0.42 * np.clip(down[:, None] ** 2 + along[None] ** 2 - 0.25, 0, 1.5)
+    toned: Values = np.clip(values @ SEPIA.T * 0.92 + 8 / 255, 0, 1) * corners[..., None]
+    return toned
+
+
 def _sketch(image: Image.Image, size: int) -> Image.Image:
     grey = ImageOps.grayscale(image)
     soft = np.asarray(grey.filter(ImageFilter.GaussianBlur(image.width / 42)), dtype=np.float32)
@@ -199,11 +223,8 @@ def _pixel_art(image: Image.Image, size: int) -> Image.Image:
 
 
 def _sepia(image: Image.Image, size: int) -> Image.Image:
-    small = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS), dtype=np.float32)
-    along = np.linspace(-1.0, 1.0, size)
-    vignette = 1.0 - 0.42 * np.clip(along[:, None] ** 2 + along[None] ** 2 - 0.25, 0, 1.5)
-    toned = np.clip(small @ SEPIA.T * 0.92 + 8.0, 0, 255) * vignette[..., None]
-    return Image.fromarray(toned.astype(np.uint8), "RGB")
+    small = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS), dtype=np.float64)
+    return Image.fromarray((sepia(small / 255.0) * 255.0).astype(np.uint8), "RGB")
 
 
 def _plain(image: Image.Image, size: int) -> Image.Image:
