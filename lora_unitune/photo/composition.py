@@ -29,15 +29,11 @@ _SEED, _REST = 0.16, 0.08  # unexplained change with which a replaced region beg
 _KEPT = 0.03  # a change up to which a place of a relit picture is the photo's
 _WEAK = 0.4  # the part of the largest change in a picture up to which another is the base's error
 _WIDE, _NARROW = 10, 2  # radius of windows in pixels
-_RESTYLED, _STYLED = (
-    0.5,
-    0.7,
-)  # kept part of the detail below which a picture is restyled; if the prompt says so
+_RESTYLED = 0.5  # kept part of the detail below which a picture is restyled
+_STYLED = 0.7  # the same, if the prompt asks for a style
 _MOST = 0.6  # replaced part of a picture from which it is
-_SAME, _LOST = (
-    0.05,
-    0.4,
-)  # unexplained part of an edit's detail up to which it is the photo's; from which it isn't
+_SAME = 0.05  # unexplained part of an edit's detail up to which it is the photo's
+_LOST = 0.4  # from which it isn't
 _INSIDE = 0.4  # kept part of the detail of changed regions from which only their light changes
 _NOISE = 0.01  # standard deviation of detail that doesn't count
 _LARGEST = 128  # pixels of a side
@@ -102,9 +98,8 @@ def find_changes(photo: Tensor, edit: Tensor, styled: bool = False) -> Changes:
     if not is_restyled:
         correction = correction + _membrane(apply_map(matrix, offset, before) - after - correction, replaced)
         edit = (edit + F.interpolate(correction, edit.shape[-2:], mode="bilinear")).clamp(0, 1)
-    return Changes(
-        _kind(is_restyled, is_relit, bool(replaced.any()), changed), replaced, matrix, offset, edit
-    )
+    kind = _kind(is_restyled, is_relit, bool(replaced.any()), changed)
+    return Changes(kind, replaced, matrix, offset, edit)
 
 
 def _kind(is_restyled: bool, is_relit: bool, has_regions: bool, changed: bool) -> Kind:
