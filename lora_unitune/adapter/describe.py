@@ -15,7 +15,7 @@ from typing import Any
 from lora_unitune.adapter.checks import is_line
 from lora_unitune.adapter.foreign import certain_family, stated_base
 from lora_unitune.adapter.header import PHOTO_KEY, Content, open_source, read_content
-from lora_unitune.adapter.tools import TOOLS, problems
+from lora_unitune.adapter.tools import readers_of
 from lora_unitune.recipe import Recipe
 
 _CREDITS = ("title", "author", "license", "tags", "description", "usage_hint")
@@ -80,7 +80,7 @@ def describe(place: str | Path) -> dict[str, Any]:
             math.prod(shape) for shape in (*weights.values(), *dict(content.magnitudes.values()).values())
         ),
         "bytes": content.source.bytes,
-        "read_by": [tool for tool in TOOLS if not problems(tool, content.source)],
+        "read_by": readers_of(content.source),
         "entries": _entries(content.source.metadata) if not is_ours else {},
         "privacy": _privacy(values, embedded) if is_ours else _privacy_of_another_tool(content),
         "recipe": _known_settings(recipe, bool(values["seconds"])) if is_ours else None,

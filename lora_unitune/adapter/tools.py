@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_unitune.adapter.header import PHOTO_KEY
@@ -39,6 +40,12 @@ def problems(tool: str, source: Source) -> str:
     return ""
 
 
+def readers_of(source: Source) -> list[str]:
+    """Returns the tools that read all of a file: keys of `TOOLS`, and "peft" for a folder in its layout."""
+    tools = [tool for tool in TOOLS if not problems(tool, source)]
+    return [*tools, "peft"] if Path(source.name).is_dir() else tools
+
+
 def readers(summary: Mapping[str, Any]) -> str:
     """Returns which tools read a file, and what the others need, as one line.
 
@@ -46,7 +53,7 @@ def readers(summary: Mapping[str, Any]) -> str:
         summary: The file's description, from `describe`.
     """
     read_by: list[str] = summary["read_by"]
-    known = ", ".join(TOOLS[tool] for tool in read_by) or "lora-unitune only"
+    known = ", ".join({**TOOLS, "peft": "PEFT"}[tool] for tool in read_by) or "lora-unitune only"
     others = [tool for tool in TOOLS if tool not in read_by]
     if not others or summary["method"] != "lora":
         return known

@@ -297,8 +297,8 @@ def test_a_peft_folder_is_described_as_the_file_is(adapter: Adapter, tmp_path: P
     file, parts = describe(path), describe(folder)
     assert parts["bytes"] == sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
     differs = {"path": 0, "bytes": 0, "read_by": 0}
-    assert {**parts, **differs} == {**file, **differs} and parts["read_by"] == []
-    assert re.search("^read by +lora-unitune only", run("inspect", folder).stdout, re.MULTILINE)
+    assert {**parts, **differs} == {**file, **differs} and parts["read_by"] == ["peft"]
+    assert re.search("^read by +PEFT; for diffusers, ", run("inspect", folder).stdout, re.MULTILINE)
     (folder / "lora_unitune.safetensors").unlink()  # as PEFT alone writes it
     bare = describe(folder)
     assert (bare["ranks"], bare["fingerprint"], bare["size"]) == (file["ranks"], "", None)
