@@ -51,7 +51,7 @@ def test_the_command_line_takes_a_file(tiny_sd15: Path, photo: Path, tmp_path: P
     file, out = tmp_path / "a.safetensors", tmp_path / "o.png"
     assert run("fit", photo, "-o", file, "--base", base, *QUICK).exit_code == 0
     for where in (base, tiny_sd15):
-        edited = run("edit", file, "a fox", "-o", out, "--base", where, "--overwrite")
+        edited = run("edit", file, "a fox", "-o", out, "--base", where, "--overwrite", "--size", "base")
         assert edited.exit_code == 0 and "note" not in edited.stderr
 
 
