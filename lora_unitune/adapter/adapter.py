@@ -385,7 +385,7 @@ def _diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
             metadata[f"{part}.{key}"] = sorted(value) if isinstance(value, (set, tuple)) else value
         lower = patterns(adapter.tensors, settings, part)
         metadata |= {f"{part}.{key}": value for key, value in lower.items()}
-        if any(layer.startswith(f"{part}.") for layer in adapter.magnitudes):
+        if dora.has_magnitudes(adapter.magnitudes, part):
             metadata[f"{part}.use_dora"] = True
     return metadata
 

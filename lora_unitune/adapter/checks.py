@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,17 @@ def check_is_safetensors(path: Path, name: str = "") -> None:
             "safetensors file that lora-unitune wrote"
         )
     raise AdapterFileError(f"{name} isn't a complete adapter file; {AGAIN}")
+
+
+def layers_of(keys: Iterable[str], part: str = "") -> list[str]:
+    """Returns the layers of a LoRA adapter, "<part>.<module>", in the order of its tensors.
+
+    Args:
+        keys: Keys of its tensors, "<part>.<module>.lora_A.weight" and "...lora_B.weight".
+        part: Name of a part; "" takes all.
+    """
+    end, start = ".lora_A.weight", f"{part}." if part else ""
+    return [key.removesuffix(end) for key in keys if key.startswith(start) and key.endswith(end)]
 
 
 def is_target(key: str, lora: Mapping[str, LoraSettings]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.checks import layers_of
 from lora_unitune.adapter.hotswap import Mount
 from lora_unitune.adapter.int8 import pack, unpack
 from lora_unitune.adapter.layers import slots
@@ -257,10 +258,9 @@ def _photo_numbers(adapter: Adapter) -> int:
 def _by_singular_values(adapter: Adapter) -> list[Layer]:
     """Returns every layer's singular value decomposition, largest values first, without zeros."""
     layers = []
-    for key in sorted(key for key in adapter.tensors if key.endswith(".lora_A.weight")):
-        path = key.removesuffix(".lora_A.weight")
+    for path in sorted(layers_of(adapter.tensors)):
         part, _, module = path.partition(".")
-        a, b = adapter.tensors[key].double(), adapter.tensors[f"{path}.lora_B.weight"].double()
+        a, b = (adapter.tensors[f"{path}.lora_{side}.weight"].double() for side in "AB")
         shapes = (a.shape, b.shape)
         outer, upper = torch.linalg.qr(b.flatten(1))
         inner, lower = torch.linalg.qr(a.flatten(1).T)

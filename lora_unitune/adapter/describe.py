@@ -54,6 +54,7 @@ def describe(place: str | Path) -> dict[str, Any]:
     recipe: Recipe = content.values["recipe"]
     settings = recipe.lora if recipe.fit.method == "lora" else {}
     weights = {key: shape for key, shape in content.shapes.items() if key != PHOTO_KEY}
+    shapes = [*weights.values(), *(shape for _, shape in content.magnitudes.values())]
     embedded = PHOTO_KEY in content.shapes or content.photo is not None
     is_ours = content.version is not None
     if not is_ours:
@@ -75,10 +76,8 @@ def describe(place: str | Path) -> dict[str, Any]:
         "targets": targets if is_ours else {part: _endings(names) for part, names in targets.items()},
         "steps": recipe.fit.steps if is_ours and values["seconds"] else values.get("steps"),
         "photo_embedded": embedded,
-        "tensors": len(weights) + len(content.magnitudes),
-        "parameters": sum(
-            math.prod(shape) for shape in (*weights.values(), *dict(content.magnitudes.values()).values())
-        ),
+        "tensors": len(shapes),
+        "parameters": sum(map(math.prod, shapes)),
         "bytes": content.source.bytes,
         "read_by": readers_of(content.source),
         "entries": _entries(content.source.metadata) if not is_ours else {},

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lora_unitune.adapter.checks import AGAIN, shown
+from lora_unitune.adapter.checks import AGAIN, layers_of, shown
 from lora_unitune.errors import AdapterFileError, SettingError
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ def new_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Te
     return magnitude * direction / norm.clamp(min=1e-12)
 
 
+def has_magnitudes(magnitudes: Mapping[str, Tensor], part: str) -> bool:
+    """Returns whether a part has a DoRA's magnitudes, which are by layer."""
+    return any(layer.startswith(f"{part}.") for layer in magnitudes)
+
+
 def for_peft(tensors: Mapping[str, Tensor], magnitudes: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """Returns the magnitudes of a part as PEFT and diffusers store them, by "<layer>.lora_magnitude_vector".
 
@@ -91,8 +96,7 @@ def for_peft(tensors: Mapping[str, Tensor], magnitudes: Mapping[str, Tensor], pa
     Raises:
         SettingError: They are of inputs, or a layer has none, which these layouts can't say.
     """
-    start, end = f"{part}.", ".lora_A.weight"
-    layers = [key.removesuffix(end) for key in tensors if key.startswith(start) and key.endswith(end)]
+    layers = layers_of(tensors, part)
     stored = {layer: magnitudes[layer] for layer in layers if layer in magnitudes}
     if stored and (len(stored) < len(layers) or any(each.shape[1] > 1 for each in stored.values())):
         raise SettingError(

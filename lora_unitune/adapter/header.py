@@ -60,7 +60,7 @@ class Content:
         photo: Shape, dtype and bytes of the photo's latents, if they are stored in the header.
         ranks: Original rank of each layer that is stored zero-padded to its part's rank.
         eight_bit: Whether the matrices are int8 with scales.
-        magnitudes: Key in this package and shape of the magnitudes of a DoRA, by layer; `shapes` has them not.
+        magnitudes: Key in this package and shape of the magnitudes of a DoRA, by layer; they aren't in `shapes`.
     """
 
     source: Source

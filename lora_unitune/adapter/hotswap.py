@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_unitune.adapter import layers
 from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.checks import layers_of
 from lora_unitune.adapter.dora import new_weight
 from lora_unitune.errors import AdapterFileError, RecipeError, SettingError
 from lora_unitune.families import Base
@@ -107,8 +108,7 @@ class Mount:
 
         if adapter is not self._loaded or scale != self._scale:
             self.release()
-            names = [key.replace(".lora_A.", ".") for key in adapter.tensors if ".lora_A." in key]
-            self._replace(names, new, adapter, scale)
+            self._replace([f"{layer}.weight" for layer in layers_of(adapter.tensors)], new, adapter, scale)
 
     def _use_full(self, adapter: Adapter, scale: float) -> None:
         if adapter is self._loaded and scale == self._scale:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lora_unitune.adapter.dora import KOHYA
 from lora_unitune.adapter.int8 import rank_axis
 from lora_unitune.errors import SettingError
 from lora_unitune.families import Family
@@ -83,7 +84,7 @@ def to_kohya(
         if side == "lora_A":
             renamed[f"{name}.alpha"] = torch.tensor(scales[layer.partition(".")[0]] * tensor.shape[0])
             if layer in magnitudes:
-                renamed[f"{name}.dora_scale"] = magnitudes[layer].to(tensor.dtype)
+                renamed[f"{name}.{KOHYA}"] = magnitudes[layer].to(tensor.dtype)
     return dict(sorted(renamed.items()))
 
 

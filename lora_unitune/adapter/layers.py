@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_unitune.adapter.checks import is_target
+from lora_unitune.adapter.checks import is_target, layers_of
 from lora_unitune.adapter.int8 import rank_axis
 from lora_unitune.errors import AdapterFileError, RecipeError
 from lora_unitune.families import Base
@@ -47,11 +47,9 @@ def patterns(tensors: Mapping[str, Tensor], settings: LoraSettings, part: str) -
         settings: Settings of the part.
         part: Name of the part.
     """
-    end = ".lora_A.weight"
     ranks: dict[str, float] = {
-        key.removeprefix(f"{part}.").removesuffix(end): tensor.shape[0]
-        for key, tensor in tensors.items()
-        if key.startswith(f"{part}.") and key.endswith(end)
+        layer.removeprefix(f"{part}."): len(tensors[f"{layer}.lora_A.weight"])
+        for layer in layers_of(tensors, part)
     }
     lower = {module: each for module, each in ranks.items() if each != settings.rank}
     alphas = {module: each * settings.scale for module, each in lower.items()}

@@ -148,5 +148,5 @@ def _peft_config(adapter: Adapter, part: str) -> dict[str, Any]:
 
     settings = adapter.recipe.lora[part]
     config = lora_config(settings).to_dict() | patterns(adapter.tensors, settings, part)
-    config["use_dora"] = any(layer.startswith(f"{part}.") for layer in adapter.magnitudes)
+    config["use_dora"] = dora.has_magnitudes(adapter.magnitudes, part)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_unitune.adapter.adapter import Adapter
+from lora_unitune.adapter.checks import layers_of
 from lora_unitune.adapter.foreign import remade
 from lora_unitune.errors import AdapterFileError, SettingError
 from lora_unitune.settings import LARGEST_RANK, LoraSettings
@@ -43,7 +44,7 @@ def stacked(adapter: Adapter, other: Adapter, scale: float = 1.0) -> Adapter:
         common = adapter.scale_of(part) or other.scale_of(part)
         factors = [(adapter, 1.0), (other, scale * other.scale_of(part) / common if common else 0.0)]
         ranks = dict[str, int]()
-        for layer in dict.fromkeys(layer for each, _ in factors for layer in _layers(each, part)):
+        for layer in dict.fromkeys(layer for each, _ in factors for layer in layers_of(each.tensors, part)):
             pairs = [
                 (each.tensors[f"{layer}.{_A}"], each.tensors[f"{layer}.{_B}"] * factor)
                 for each, factor in factors
@@ -65,12 +66,3 @@ def stacked(adapter: Adapter, other: Adapter, scale: float = 1.0) -> Adapter:
 def _with_axes(tensor: Tensor, count: int) -> Tensor:
     """Returns a tensor with more dimensions, of 1."""
     return tensor.reshape(*tensor.shape, *[1] * (count - tensor.ndim))
-
-
-def _layers(adapter: Adapter, part: str) -> list[str]:
-    """Returns the layers of a part, "<part>.<module>"."""
-    return [
-        key.removesuffix(f".{_A}")
-        for key in adapter.tensors
-        if key.startswith(f"{part}.") and key.endswith(_A)
-    ]

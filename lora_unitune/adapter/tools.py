@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_unitune.adapter.dora import KOHYA
 from lora_unitune.adapter.header import PHOTO_KEY
 from lora_unitune.adapter.int8 import INT8_SUFFIX
 from lora_unitune.adapter.source import Source
@@ -31,7 +32,7 @@ def problems(tool: str, source: Source) -> str:
     unknown = [key for key in keys if not KNOWN_KEYS[tool].fullmatch(key)]
     if unknown:
         return f"{len(unknown)} of its {len(keys)} tensors have names that it doesn't know"
-    of_outputs = [key for key, shape in source.shapes.items() if key.endswith(".dora_scale") and shape[0] > 1]
+    of_outputs = [key for key, shape in source.shapes.items() if key.endswith(f".{KOHYA}") and shape[0] > 1]
     if of_outputs:  # ComfyUI divides by the norms of the base's own weights, A1111 by those of inputs
         return "it applies the magnitudes of a DoRA's outputs in another way"
     stores_alphas = any(key.endswith(".alpha") for key in keys)

@@ -38,14 +38,13 @@ from lora_unitune.output import PICTURES
 from lora_unitune.settings import EditSettings
 
 if TYPE_CHECKING:
-    from lora_unitune import Adapter, Edit
+    from lora_unitune import Adapter, Edit, Editor
 
 _BATCH = 4
 """Batch size of `edit -n`: twice as fast as single images, while the first ones are still available early."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_picture_option = output_option("FILE", "The PNG, JPEG, WebP, TIFF or AVIF to write.", *PICTURES)
 _keep_gps_option = click.option(
     "--keep-gps", is_flag=True, help="Keep the position that the photo was taken at in the image."
 )
@@ -137,6 +136,8 @@ def edit_command(
     photo: str | None,
     mask: str | None,
     then: tuple[str, ...],
+    sign_cert: str | None,
+    sign_key: str | None,
     keep_gps: bool,
     trigger: str | None,
     loras: tuple[str, ...],
@@ -161,6 +162,7 @@ def edit_command(
       lora-unitune edit photo.safetensors "a fox at night" -o out.png -n 4 --guidance 4
       lora-unitune edit photo.safetensors "a pencil sketch" -o out.png --strength 0.8
     """
+    from lora_unitune import find_signer
     from lora_unitune.output import check_output
 
     seeds, out = range(seed, seed + count), Path(output)
@@ -169,19 +171,13 @@ def edit_command(
     for path in paths.values():
         check_apart(path)
         check_output(path, overwrite)
-    from lora_unitune import find_signer
-
-    signer = find_signer(settings.pop("sign_cert"), settings.pop("sign_key"))
+    signer = find_signer(sign_cert, sign_key)
     images: list[dict[str, Any]] = []
     try:
         with progress() as display:
             display.show("loading the base", 0, 1)
             opened = _opened(adapter, trigger, loras, lora_scale)
-            files = located(_base_for(opened, base))
-            load_libraries()
-            from lora_unitune import Editor
-
-            editor = Editor(files, device=device)
+            editor = _editor(opened, base, device)
             display.show("editing", 0, count)
             given = {"negative_prompt": negative_prompt, "photo": photo, "mask": mask, "then": then}
             batch_size = 1 if then else _BATCH  # so that a sequence repeats bit for bit
@@ -207,7 +203,7 @@ def edit_command(
 @click.option(
     "--adapter", required=True, type=FILE, metavar="ADAPTER", help="The adapter that PICTURE was made with."
 )
-@_picture_option
+@output_option("FILE", "The PNG, JPEG, WebP, TIFF or AVIF to write.", *PICTURES)
 @click.option("--photo", type=FILE, metavar="PHOTO", help="The photo that was edited, if --photo gave it.")
 @click.option("--mask", type=FILE, metavar="FILE", help="The mask, if --mask gave one.")
 @sign_options
@@ -252,11 +248,7 @@ def repeat_command(
     with progress() as display:
         display.show("loading the base", 0, 1)
         opened = _opened(adapter, None, loras, lora_scale)
-        files = located(_base_for(opened, base))
-        load_libraries()
-        from lora_unitune import Editor
-
-        editor = Editor(files, device=device)
+        editor = _editor(opened, base, device)
         display.show("editing", 0, 1)
         edit = editor.repeat(opened, settings, photo, mask)
     with writing(output):
@@ -276,6 +268,15 @@ def _opened(adapter: str, trigger: str | None, loras: Sequence[str], scale: floa
     for each in loras:
         opened = stacked(opened, Adapter.load(each, ""), scale)
     return opened
+
+
+def _editor(adapter: Adapter, base: str | None, device: str) -> Editor:
+    """Loads the base that an adapter is for."""
+    files = located(_base_for(adapter, base))
+    load_libraries()
+    from lora_unitune import Editor
+
+    return Editor(files, device=device)
 
 
 def _base_for(adapter: Adapter, base: str | None) -> str:

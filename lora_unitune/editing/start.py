@@ -14,7 +14,7 @@ from lora_unitune.adapter.suits import checked_photo
 from lora_unitune.editing.record import Edit
 from lora_unitune.errors import PhotoError, RecipeError, SettingError
 from lora_unitune.families import Base
-from lora_unitune.photo.framing import Box, box_in, choose_size, frame
+from lora_unitune.photo.framing import Box, box_in, choose_size, frame, have_same_shape
 from lora_unitune.photo.opening import PhotoSource
 from lora_unitune.photo.reading import Photo, load_photo, photo_to_tensor
 from lora_unitune.settings import EditSettings, PhotoSettings, make_section
@@ -140,7 +140,7 @@ def _read_mask(source: PhotoSource, photo: Photo, box: Box | None, notes: list[s
     """
     read = load_photo(source, background=0)  # what isn't painted white stays
     mask, (width, height) = read.image.convert("L"), photo.image.size
-    if abs(mask.width * height - mask.height * width) > 0.02 * mask.height * width:
+    if not have_same_shape(mask.size, (width, height)):
         raise PhotoError(
             f"the mask is {mask.width} x {mask.height} pixels, and the photo {width} x {height}; give one of the "
             "photo's shape"

@@ -78,7 +78,7 @@ def box_in(photo: Photo, settings: PhotoSettings, fitted: tuple[int, ...] = ()) 
     size, (left, top, right, bottom) = photo.image.size, settings.part
     width, height = fitted or photo.size_of_file
     named = f"the adapter's box {settings.box}" if fitted else f"photo.box = '{settings.box}'"
-    if abs(size[0] * height - size[1] * width) > _SAME_SHAPE * size[1] * width:
+    if not have_same_shape(size, (width, height)):
         raise PhotoError(
             f"{photo.source} is {size[0]} x {size[1]} pixels, and {named} is of a photo of {width} x {height}; give "
             "that photo, or a copy of its shape"
@@ -97,6 +97,12 @@ def box_in(photo: Photo, settings: PhotoSettings, fitted: tuple[int, ...] = ()) 
             f"x + width up to {width} and y + height up to {height}"
         )
     return box
+
+
+def have_same_shape(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Returns whether two (width, height) have nearly the same aspect ratio."""
+    across, down = first[0] * second[1], first[1] * second[0]
+    return abs(across - down) <= _SAME_SHAPE * down
 
 
 def with_context(photo: tuple[int, int], box: Box | None) -> tuple[int, int]:
