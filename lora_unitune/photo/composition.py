@@ -51,7 +51,8 @@ class Changes:
         replaced: The part of each pixel that shows something else, (1, 1, h, w) in [0, 1].
         matrix: The map of colors elsewhere, (1, 3, 3, h, w).
         offset: What it adds, (1, 3, h, w).
-        edit: The edit without the base's error in the colors of the background, (1, 3, h, w).
+        edit: The edit without the base's error in the colors of the background, which goes on into replaced regions,
+            (1, 3, h, w).
     """
 
     kind: Kind
